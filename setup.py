@@ -1,0 +1,25 @@
+"""Installs the plugin for people who already have mmdet: ``pip install -e .``.
+
+torch, mmcv, mmengine and mmdet are left out on purpose: pip would fetch an mmcv without its
+compiled ops. ``mmdet_gdino_lora.environment`` checks them at import and names the command that
+mends what is missing.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    name='mmdet-gdino-lora',
+    version='0.1.0',
+    description="LoRA fine-tuning of Grounding DINO in MMDetection 3, with its paper's objective",
+    license='Apache-2.0',
+    python_requires='>=3.9',
+    packages=find_packages(include=['mmdet_gdino_lora', 'mmdet_gdino_lora.*']),
+    install_requires=[
+        'transformers>=4.40,<6',
+        'peft>=0.14,<1',
+        'safetensors>=0.4',
+        'scipy>=1.10',
+        'numpy>=1.23',
+        'packaging',
+    ],
+)
