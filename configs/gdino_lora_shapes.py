@@ -1,0 +1,54 @@
+# The demo: adapters on encoder and decoder learn classes whose words the shipped base never saw.
+# `make demo` runs it and measures before and after; tools/train.py runs it as any other config.
+_base_ = './gdino_pretrain_shapes.py'
+
+data_root = _base_.data_root
+metainfo = dict(
+    classes=(
+        'purple star',
+        'orange star',
+        'white star',
+        'purple cross',
+        'orange cross',
+        'white cross',
+        'purple heart',
+        'orange heart',
+        'white heart',
+    )
+)
+
+model = dict(
+    base_checkpoint='{{ fileDirname }}/../assets/shapes/base.safetensors',
+    lora=dict(preset=['encoder', 'decoder'], r=16, lora_alpha=32),
+)
+
+train_dataloader = dict(
+    batch_size=8,
+    dataset=dict(
+        metainfo=metainfo,
+        ann_file='annotations/new_train.json',
+        data_prefix=dict(img='new_train/'),
+    ),
+)
+val_dataloader = dict(
+    dataset=dict(
+        metainfo=metainfo,
+        ann_file='annotations/new_val.json',
+        data_prefix=dict(img='new_val/'),
+    )
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + 'annotations/new_val.json')
+test_evaluator = val_evaluator
+
+# 400 images in batches of 8: 200 iterations.
+train_cfg = dict(max_epochs=4, val_interval=4)
+optim_wrapper = dict(optimizer=dict(lr=0.001))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=10),
+    dict(
+        type='CosineAnnealingLR', by_epoch=True, begin=0, end=4, eta_min_ratio=0.05,
+        convert_to_iter_based=True,
+    ),
+]  # fmt: skip
+auto_scale_lr = dict(base_batch_size=8)
