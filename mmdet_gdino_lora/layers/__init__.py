@@ -1,0 +1,1 @@
+"""The transformer's layers, computed for a model that is mostly frozen."""

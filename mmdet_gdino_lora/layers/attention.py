@@ -1,0 +1,224 @@
+"""Multi-head attention without attention weights, also under PEFT's adapters."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn.bricks.transformer import MultiheadAttention
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention as LoraMultiheadAttention
+from torch import Tensor, nn
+
+from mmdet_gdino_lora.layers.linear import active_adapters, adapted_linear, is_plain_lora
+
+
+class FusedMultiheadAttention(MultiheadAttention):
+    """mmcv's ``MultiheadAttention`` on ``scaled_dot_product_attention``.
+
+    Same arguments, parameters, names and results. mmcv asks torch for attention weights, averages
+    them and throws them away, which keeps [batch * heads, queries, keys] numbers for the backward
+    pass. Here nothing of that size is kept, the batch stays the first dimension, and inputs that
+    are the same tensor are projected together.
+
+    ``self.attn`` holds the parameters: ``nn.MultiheadAttention``, or PEFT's container around it.
+    PEFT's own forward merges the adapters into the base's weights and takes them out again, for
+    every call: the weights drift by rounding, are registered anew and never reach a fused kernel.
+    Here the container is only read.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        identity: Tensor | None = None,
+        query_pos: Tensor | None = None,
+        key_pos: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """Attention with position encodings and the identity connection.
+
+        Args:
+            query: [B, Q, C], or [Q, B, C] unless ``batch_first``; the others likewise.
+            key: [B, K, C]; the query where None.
+            value: [B, K, C]; the key where None.
+            identity: added to the output; the query where None.
+            query_pos: added to the query.
+            key_pos: added to the key. Where None, ``query_pos`` is added if its shape fits, as in
+                mmcv.
+            attn_mask: [Q, K], [B, 1, Q, K] or [B * heads, Q, K]; bool (True: masked) or added to
+                the logits.
+            key_padding_mask: [B, K], True: masked.
+            **kwargs: ignored, as in mmcv.
+
+        Returns:
+            The shape of ``query``.
+        """
+        if not self._is_known():
+            return super().forward(
+                query,
+                key,
+                value,
+                identity,
+                query_pos,
+                key_pos,
+                attn_mask=attn_mask,
+                key_padding_mask=key_padding_mask,
+                **kwargs,
+            )
+        key = query if key is None else key
+        value = key if value is None else value
+        identity = query if identity is None else identity
+        if key_pos is None and query_pos is not None and query_pos.shape == key.shape:
+            key_pos = query_pos
+        if key is query and key_pos is query_pos:
+            query = key = _add(query, query_pos)
+        else:
+            query, key = _add(query, query_pos), _add(key, key_pos)
+        if not self.batch_first:
+            together = key is query, value is key
+            query = query.transpose(0, 1)
+            key = query if together[0] else key.transpose(0, 1)
+            value = key if together[1] else value.transpose(0, 1)
+
+        out = self._attend(query, key, value, attn_mask, key_padding_mask)
+        if not self.batch_first:
+            out = out.transpose(0, 1)
+        return identity + self.dropout_layer(self.proj_drop(out))
+
+    def _is_known(self) -> bool:
+        """Whether ``self.attn`` is a layer whose forward is rewritten here."""
+        attn = self.attn
+        base = attn
+        if isinstance(attn, LoraMultiheadAttention):
+            base = attn.base_layer
+            if not is_plain_lora(attn) or not is_plain_lora(base.out_proj):
+                return False
+        return (
+            isinstance(base, nn.MultiheadAttention)
+            and base._qkv_same_embed_dim
+            and base.bias_k is None
+            and not base.add_zero_attn
+        )
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+    ) -> Tensor:
+        """Project, attend and project out; batch first."""
+        attn = self.attn
+        base = attn.base_layer if isinstance(attn, LoraLayer) else attn
+        adapters = active_adapters(attn)
+        size, heads = base.embed_dim, base.num_heads
+
+        def project(x: Tensor, first: int, count: int) -> list[Tensor]:
+            begin, end = first * size, (first + count) * size
+            bias = base.in_proj_bias
+            out = adapted_linear(
+                x,
+                base.in_proj_weight[begin:end],
+                None if bias is None else bias[begin:end],
+                [adapter.rows(begin, end) for adapter in adapters],
+            )
+            out = out.unflatten(-1, (count, heads, size // heads))
+            return list(out.permute(2, 0, 3, 1, 4).unbind(0))
+
+        if query is key and key is value:
+            q, k, v = project(query, 0, 3)
+        elif query is key:
+            (q, k), (v,) = project(query, 0, 2), project(value, 2, 1)
+        elif key is value:
+            (q,), (k, v) = project(query, 0, 1), project(key, 1, 2)
+        else:
+            (q,), (k,), (v,) = project(query, 0, 1), project(key, 1, 1), project(value, 2, 1)
+
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=_sdpa_mask(attn_mask, key_padding_mask, len(q), q.dtype),
+            dropout_p=base.dropout if base.training else 0.0,
+        )
+        out = out.transpose(1, 2).flatten(2)
+
+        out_proj = base.out_proj
+        adapters = active_adapters(out_proj)
+        if adapters:
+            factor = peft_out_proj_factor()
+            adapters = [adapter._replace(scaling=adapter.scaling * factor) for adapter in adapters]
+        if isinstance(out_proj, LoraLayer):
+            out_proj = out_proj.base_layer
+        return adapted_linear(out, out_proj.weight, out_proj.bias, adapters)
+
+
+class StableLoraAttention(LoraMultiheadAttention):
+    """PEFT's container for attention adapters, whose parameters stay the same objects.
+
+    PEFT's registers the base's weights anew whenever its modules are listed or its state is taken,
+    as it has to after its own forward. An optimizer or DDP would hold the old ones.
+    """
+
+    def _restore_weights(self) -> None:
+        base = self.get_base_layer()
+        weights = base.in_proj_weight, base.out_proj.get_base_layer().weight
+        if not all(isinstance(weight, nn.Parameter) for weight in weights):
+            super()._restore_weights()
+
+
+@lru_cache(maxsize=1)
+def peft_out_proj_factor() -> int:
+    """How many times the installed PEFT adds the adapter of an attention's output projection.
+
+    PEFT (seen in 0.21) merges that adapter twice for each forward, once in the attention's own
+    ``merge`` and once in the one of its output projection, so that the delta counts double. An
+    adapter trained here has to mean the same in PEFT (merging, exporting, loading elsewhere), so
+    its number is taken from PEFT itself, on a layer of a few weights.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device('cpu'), torch.no_grad():
+        model = nn.ModuleDict({'attn': nn.MultiheadAttention(2, 1)})
+        inject_adapter_in_model(LoraConfig(r=1, lora_alpha=1, target_modules=['attn']), model)
+        attn = model['attn']
+        out_proj = attn.base_layer.out_proj
+        before = out_proj.base_layer.weight.sum()
+        out_proj.lora_A['default'].weight.fill_(1.0)
+        out_proj.lora_B['default'].weight.fill_(1.0)
+        attn.merge()
+        return round(float(out_proj.base_layer.weight.sum() - before) / 4)
+
+
+def _add(x: Tensor, pos: Tensor | None) -> Tensor:
+    return x if pos is None else x + pos
+
+
+def _sdpa_mask(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, dtype: torch.dtype
+) -> Tensor | None:
+    """mmcv's two masks as the one that SDPA takes: True means seen there, or a float bias."""
+    if attn_mask is not None:
+        attn_mask = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(dtype)
+        if attn_mask.dim() == 3:
+            attn_mask = attn_mask.unflatten(0, (batch, -1))
+    if key_padding_mask is None:
+        return attn_mask
+    if key_padding_mask.dtype != torch.bool:
+        padding = key_padding_mask.to(dtype)[:, None, None]
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=dtype).masked_fill_(
+                ~attn_mask, float('-inf')
+            )
+        return padding if attn_mask is None else attn_mask + padding
+    seen = ~key_padding_mask[:, None, None]
+    if attn_mask is None:
+        return seen
+    if attn_mask.dtype == torch.bool:
+        return attn_mask & seen
+    return attn_mask.masked_fill(~seen, float('-inf'))

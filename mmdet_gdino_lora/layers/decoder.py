@@ -1,0 +1,39 @@
+"""Grounding DINO's decoder."""
+
+from __future__ import annotations
+
+import torch
+from mmdet.models.layers.transformer.grounding_dino_layers import GroundingDinoTransformerDecoder
+from torch import Tensor
+
+from mmdet_gdino_lora.layers.fuse import fuse
+
+
+class FusedGroundingDinoDecoder(GroundingDinoTransformerDecoder):
+    """mmdet's ``GroundingDinoTransformerDecoder`` with lean layers.
+
+    Same arguments, parameters, names and results.
+    """
+
+    def _init_layers(self) -> None:
+        super()._init_layers()
+        fuse(self)
+
+    def forward(self, query: Tensor, *args, self_attn_mask: Tensor | None = None, **kwargs):
+        """As in mmdet.
+
+        Args:
+            query: [B, Q, C].
+            *args: mmdet's.
+            self_attn_mask: bool [Q, Q], True: hidden. Denoising groups see only themselves.
+            **kwargs: mmdet's.
+
+        Returns:
+            mmdet's: outputs [layers, B, Q, C] and reference boxes [layers + 1, B, Q, 4].
+        """
+        if self_attn_mask is not None and self_attn_mask.dtype == torch.bool:
+            # Attention kernels turn a bool mask into a bias and keep that for the backward pass:
+            # once here, rather than once per layer.
+            bias = torch.zeros_like(self_attn_mask, dtype=query.dtype)
+            self_attn_mask = bias.masked_fill_(self_attn_mask, float('-inf'))
+        return super().forward(query, *args, self_attn_mask=self_attn_mask, **kwargs)

@@ -1,0 +1,42 @@
+"""mmcv's and mmdet's layers replaced by their equals here."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from mmcv.cnn.bricks.transformer import FFN, MultiheadAttention
+from mmcv.ops import MultiScaleDeformableAttention
+from peft.tuners.lora.layer import MultiheadAttention as LoraMultiheadAttention
+from torch import nn
+
+from mmdet_gdino_lora.layers.attention import FusedMultiheadAttention, StableLoraAttention
+from mmdet_gdino_lora.layers.deformable import FusedDeformableAttention
+from mmdet_gdino_lora.layers.ffn import FusedFFN
+
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    MultiheadAttention: FusedMultiheadAttention,
+    MultiScaleDeformableAttention: FusedDeformableAttention,
+    FFN: FusedFFN,
+    LoraMultiheadAttention: StableLoraAttention,
+}
+
+ModuleT = TypeVar('ModuleT', bound=nn.Module)
+
+
+def fuse(module: ModuleT) -> ModuleT:
+    """Let a built module's layers compute the lean way.
+
+    The layers stay the same objects with the same parameters and hooks, of a subclass that adds
+    no state: names, initial weights and random numbers are exactly mmdet's. Layers of other types,
+    subclasses of the known ones included, are left as they are.
+
+    Args:
+        module: built from mmdet's or mmcv's classes; with or without adapters.
+
+    Returns:
+        The same module.
+    """
+    for child in list(module.modules()):
+        if type(child) in FUSED:
+            child.__class__ = FUSED[type(child)]
+    return module

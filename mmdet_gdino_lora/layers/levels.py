@@ -1,0 +1,50 @@
+"""The feature levels' sizes, known to the host without asking the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+Shapes = tuple[tuple[int, int], ...]
+
+
+@lru_cache(maxsize=256)
+def _levels(shapes: Shapes, device: torch.device) -> tuple[Tensor, Tensor]:
+    sizes = [height * width for height, width in shapes]
+    starts = [sum(sizes[:level]) for level in range(len(sizes))]
+    spatial_shapes = torch.tensor(shapes, device=device)
+    spatial_shapes.host_shapes = shapes
+    return spatial_shapes, torch.tensor(starts, device=device)
+
+
+def level_tensors(feats: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """mmdet's ``spatial_shapes`` and ``level_start_index`` for a feature pyramid.
+
+    Remembered per sizes and device, so that a step copies nothing to the device; the first carries
+    its numbers on the host too, see `host_shapes`. Both are shared: never write into them.
+
+    Args:
+        feats: feature maps [B, C, H, W], one per level.
+
+    Returns:
+        int64 [levels, 2] as (height, width), and int64 [levels], the levels' first positions in
+        the flattened features.
+    """
+    shapes = tuple((int(feat.shape[-2]), int(feat.shape[-1])) for feat in feats)
+    return _levels(shapes, feats[0].device)
+
+
+def host_shapes(spatial_shapes: Tensor) -> Shapes:
+    """The numbers in ``spatial_shapes``; waits for the device at most once per tensor.
+
+    Args:
+        spatial_shapes: int64 [levels, 2], from `level_tensors` or from mmdet.
+    """
+    shapes = getattr(spatial_shapes, 'host_shapes', None)
+    if shapes is None:
+        shapes = tuple((int(height), int(width)) for height, width in spatial_shapes.tolist())
+        spatial_shapes.host_shapes = shapes
+    return shapes

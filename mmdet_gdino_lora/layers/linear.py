@@ -1,0 +1,174 @@
+"""A linear layer and its LoRA adapters, computed as one matrix product."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class Adapter(NamedTuple):
+    """One active adapter: the layer's weight is ``W + scaling * b @ a``.
+
+    Attributes:
+        a: [r, in_features].
+        b: [out_features, r].
+        scaling: ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA.
+        dropout: applied to the adapter's input while training.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    dropout: nn.Module
+
+    def rows(self, begin: int, end: int) -> Adapter:
+        """The same adapter for the output features ``begin`` to ``end``."""
+        return self._replace(b=self.b[begin:end])
+
+    @property
+    def drops(self) -> bool:
+        """Whether the dropout acts now."""
+        return self.dropout.training and getattr(self.dropout, 'p', 0.0) > 0
+
+
+def active_adapters(layer: nn.Module) -> list[Adapter]:
+    """The adapters that a layer must add to its own weight now.
+
+    Empty for a layer without adapters, with adapters disabled, and with adapters merged (its own
+    weight holds them then). As in PEFT, disabling merged adapters first takes them out again.
+    """
+    if not isinstance(layer, LoraLayer):
+        return []
+    if layer.disable_adapters:
+        if layer.merged:
+            layer.unmerge()
+        return []
+    if layer.merged:
+        return []
+    return [
+        Adapter(
+            layer.lora_A[name].weight,
+            layer.lora_B[name].weight,
+            layer.scaling[name],
+            layer.lora_dropout[name],
+        )
+        for name in layer.active_adapters
+        if name in layer.lora_A
+    ]
+
+
+def is_plain_lora(layer: nn.Module) -> bool:
+    """Whether a LoRA layer is ``W + scaling * b @ a`` and nothing more (no DoRA, no own bias)."""
+    return not layer.lora_variant and not any(layer.lora_bias.values())
+
+
+def adapted_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: list[Adapter]
+) -> Tensor:
+    """``F.linear`` with the adapters' share added.
+
+    PEFT adds ``b(a(x))`` to the layer's output: two thin products and two more passes over the
+    output, forward and backward. In float32 the delta is folded into the weight instead (it is as
+    small as the weight, inputs are thousands of rows), which is one product. In lower precision the
+    fold would round small deltas away, and under adapter dropout it does not exist: both take
+    PEFT's way.
+
+    Args:
+        x: [..., in_features].
+        weight: [out_features, in_features].
+        bias: [out_features] or None.
+        adapters: from `active_adapters`, possibly sliced by rows.
+
+    Returns:
+        [..., out_features]; equal to PEFT's within float32 rounding.
+    """
+    if not adapters:
+        return F.linear(x, weight, bias)
+    folds = (
+        x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled(x.device.type)
+        and not any(adapter.drops for adapter in adapters)
+        and all(adapter.a.dtype == torch.float32 for adapter in adapters)
+    )
+    if folds:
+        if len(adapters) == 1:
+            a, b, scaling, _ = adapters[0]
+        else:
+            a = torch.cat([adapter.a for adapter in adapters])
+            b = torch.cat([adapter.b * adapter.scaling for adapter in adapters], dim=1)
+            scaling = 1.0
+        return _FoldedLinear.apply(x, weight, bias, a, b, scaling)
+    out = F.linear(x, weight, bias)
+    for adapter in adapters:
+        inner = F.linear(adapter.dropout(x.to(adapter.a.dtype)), adapter.a)
+        out = out + (F.linear(inner, adapter.b) * adapter.scaling).to(out.dtype)
+    return out
+
+
+def forward_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)``, faster where the layer is PEFT's plain ``lora.Linear`` over ``nn.Linear``."""
+    if (
+        type(layer) is not LoraLinear
+        or not is_plain_lora(layer)
+        or not isinstance(layer.base_layer, nn.Linear)
+        or layer.base_layer._forward_hooks
+        or layer._forward_hooks
+    ):
+        return layer(x)
+    adapters = active_adapters(layer)
+    return adapted_linear(x, layer.base_layer.weight, layer.base_layer.bias, adapters)
+
+
+class _FoldedLinear(torch.autograd.Function):
+    """``F.linear(x, weight + scaling * b @ a, bias)``.
+
+    Autograd would form the gradient of the folded weight, a product as large as the layer itself.
+    Here the backward pass goes through the thin factors.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, a, b)
+        ctx.scaling = scaling
+        folded = torch.addmm(weight, b, a, alpha=scaling)
+        # Not F.linear: its result would be a view, which no activation may overwrite in place.
+        out = x.new_empty(*x.shape[:-1], len(weight))
+        rows, results = x.reshape(-1, x.shape[-1]), out.view(-1, len(weight))
+        if bias is None:
+            torch.mm(rows, folded.t(), out=results)
+        else:
+            torch.addmm(bias, rows, folded.t(), out=results)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, a, b = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
+        grad_x = grad_weight = grad_bias = grad_a = grad_b = None
+        if needs_x:
+            grad_x = grad @ torch.addmm(weight, b, a, alpha=ctx.scaling)
+        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        if needs_a:
+            grad_a = (grads @ b).mul_(ctx.scaling).t() @ rows
+        if needs_b:
+            grad_b = grads.t() @ (rows @ a.t()).mul_(ctx.scaling)
+        if needs_weight:
+            grad_weight = grads.t() @ rows
+        if needs_bias:
+            grad_bias = grads.sum(0)
+        return grad_x, grad_weight, grad_bias, grad_a, grad_b, None
