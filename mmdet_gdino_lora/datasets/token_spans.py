@@ -1,0 +1,184 @@
+"""Class names to caption and token spans, in the loader's workers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Optional, Union
+
+import numpy as np
+from mmcv.transforms import BaseTransform
+from mmdet.registry import TRANSFORMS
+
+from ..errors import ConfigError
+from ..text.caption import SEPARATOR
+from ..text.tokens import SPECIAL_TOKENS, CaptionTokenizer, TokenizedCaption
+
+
+@TRANSFORMS.register_module()
+class TokenSpans(BaseTransform):
+    """Puts class names into one caption and finds the tokens of every class.
+
+    It stands anywhere behind the loading of annotations; ``PackDetInputs`` has to carry ``text``,
+    ``tokens_positive`` and ``caption_tokens`` in its ``meta_keys``.
+
+    Required keys:
+
+    - ``text``: class names in the order of their labels (mmdet's datasets with
+      ``return_classes=True``); or a dict from label to name (``ODVGDataset`` with a label map); or
+      a caption with ``phrases`` (``ODVGDataset`` without) or ``tokens_positive``; or, with
+      ``custom_entities``, names joined by ``'. '``.
+    - ``gt_bboxes_labels``: only to sample negatives.
+
+    Changed and added keys:
+
+    - ``text``: the caption.
+    - ``tokens_positive``: character spans [[begin, end], ...] per class, mmdet's own format, so
+      that its ``GroundingDINO`` trains and predicts from them as well. A list over all classes or,
+      where only some are in the caption, a dict by label. Labels stay as they are.
+    - ``caption_tokens``: the same in tokens, :class:`~mmdet_gdino_lora.text.TokenizedCaption`.
+
+    Free text whose phrases nobody marked, and ``caption_prompt``, are left to the detector.
+
+    Args:
+        tokenizer_name: Folder or name of the text model, the same as the detector's.
+        max_tokens: Longest caption in tokens, [CLS] and [SEP] included, the same as the detector's.
+        num_negatives: Classes without an object in the image that the caption names. None: all of
+            them, and a class that doesn't fit is an error. A number: at most that many, drawn
+            anew for every image; ``'fit'``: as many as fit. Classes with an object are always
+            named. Sampled captions are shuffled. Only for training: a caption that lacks a class
+            can't detect it.
+        special_tokens: Tokens that end a segment, the same as the detector's.
+
+    Raises:
+        ConfigError: No text model there; or, for an image, classes that don't fit, a class name
+            with nothing to tokenise, a label without a class.
+
+    Example:
+        >>> train_pipeline = [
+        ...     ...,
+        ...     dict(type='TokenSpans', tokenizer_name='bert-base-uncased'),
+        ...     dict(type='PackDetInputs', meta_keys=(
+        ...         'img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip',
+        ...         'flip_direction', 'text', 'tokens_positive', 'caption_tokens')),
+        ... ]
+    """
+
+    def __init__(
+        self,
+        tokenizer_name: str,
+        max_tokens: int = 256,
+        num_negatives: Union[int, str, None] = None,
+        special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    ) -> None:
+        is_number = isinstance(num_negatives, int) and num_negatives >= 0
+        if not (num_negatives is None or num_negatives == 'fit' or is_number):
+            raise ConfigError(
+                f"TokenSpans: num_negatives={num_negatives!r} must be None, a number or 'fit'"
+            )
+        self.tokenizer_name = tokenizer_name
+        self.num_negatives = num_negatives
+        self.caption_tokenizer = CaptionTokenizer(tokenizer_name, max_tokens, special_tokens)
+        self._vocabularies: dict[tuple, _Vocabulary] = {}
+
+    def transform(self, results: dict) -> dict:
+        """Adds the caption's keys, see the class.
+
+        Args:
+            results: As mmdet's pipelines pass it on.
+
+        Returns:
+            The same dict.
+        """
+        caption = self._caption(results)
+        if caption is not None:
+            results['text'] = caption.text
+            results['tokens_positive'] = caption.tokens_positive
+            results['caption_tokens'] = caption
+        return results
+
+    def _caption(self, results: dict) -> Optional[TokenizedCaption]:
+        text = results['text']
+        if results.get('caption_prompt'):
+            return None
+        if isinstance(text, str):
+            if results.get('phrases'):
+                spans = {k: v['tokens_positive'] for k, v in results['phrases'].items()}
+                in_order = list(spans) == list(range(len(spans)))
+                return self.caption_tokenizer.from_text(
+                    text, list(spans.values()) if in_order else spans
+                )
+            spans = results.get('tokens_positive', -1)
+            if spans != -1 and spans is not None:
+                return self.caption_tokenizer.from_text(text, spans)
+            if not results.get('custom_entities', False):
+                return None
+            text = [name for name in text.strip(SEPARATOR).split(SEPARATOR) if name]
+        vocabulary = self._vocabulary(text)
+        if self.num_negatives is None:
+            return self.caption_tokenizer.from_names(vocabulary.names, vocabulary.sparse_labels)
+        return self._sampled(vocabulary, results.get('gt_bboxes_labels', ()))
+
+    def _vocabulary(self, text: Union[Sequence[str], Mapping[Any, str]]) -> _Vocabulary:
+        if isinstance(text, Mapping):
+            key = tuple(text.items())
+            names, labels = tuple(text.values()), tuple(map(int, text))
+        else:
+            key = names = tuple(text)
+            labels = tuple(range(len(names)))
+        vocabulary = self._vocabularies.get(key)
+        if vocabulary is None:
+            in_order = labels == tuple(range(len(names)))
+            lengths = self.caption_tokenizer.lengths(names)
+            vocabulary = _Vocabulary(
+                names,
+                None if in_order else labels,
+                np.array(labels, dtype=np.int64),
+                {label: place for place, label in enumerate(labels)},
+                lengths,
+            )
+            self._vocabularies[key] = vocabulary
+        return vocabulary
+
+    def _sampled(self, vocabulary: _Vocabulary, gt_labels: Any) -> TokenizedCaption:
+        positives = []
+        for label in np.unique(np.asarray(gt_labels, dtype=np.int64)).tolist():
+            if label not in vocabulary.place:
+                raise ConfigError(
+                    f'label {label} is not among the {len(vocabulary.names)} class names; the '
+                    'annotations and the names (metainfo, label map) have to match'
+                )
+            positives.append(vocabulary.place[label])
+        is_negative = np.ones(len(vocabulary.names), dtype=bool)
+        is_negative[positives] = False
+        # as all of mmdet's transforms, from the global state that the loader seeds
+        permutation = np.random.permutation
+        negatives = permutation(np.flatnonzero(is_negative))
+        if self.num_negatives != 'fit':
+            negatives = negatives[: self.num_negatives]
+        room = self.caption_tokenizer.room - vocabulary.lengths[positives].sum()
+        fitting = np.searchsorted(vocabulary.lengths[negatives].cumsum(), room, side='right')
+        chosen = permutation(
+            np.concatenate([np.array(positives, dtype=np.int64), negatives[:fitting]])
+        )
+        # not through the memo: hardly a sampled caption comes twice
+        return self.caption_tokenizer.join(
+            [vocabulary.names[place] for place in chosen.tolist()],
+            vocabulary.labels[chosen].tolist(),
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f'{type(self).__name__}(tokenizer_name={self.tokenizer_name!r}, '
+            f'max_tokens={self.caption_tokenizer.max_tokens}, '
+            f'num_negatives={self.num_negatives!r})'
+        )
+
+
+class _Vocabulary(NamedTuple):
+    """The class names of a dataset, and how many tokens each takes in a caption."""
+
+    names: tuple[str, ...]
+    sparse_labels: Optional[tuple[int, ...]]  # None: 0, 1, 2, ...
+    labels: np.ndarray
+    place: dict[int, int]  # of a label among the names
+    lengths: np.ndarray

@@ -1,0 +1,340 @@
+"""Grounding DINO's text encoder: a BERT that sees every class name by itself.
+
+mmdet's ``BertModel`` with the same arguments, parameters and results, on transformers 4.40 and 5.
+A caption's segments do not attend to each other and positions start anew in each, so their features
+don't depend on the caption: each distinct segment of a batch is encoded once, in a row of its own,
+and captions are put together from the rows.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import Any, Callable, Optional
+
+import numpy as np
+import torch
+from mmdet.registry import MODELS
+from mmengine.model import BaseModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import BertConfig, BertModel
+
+from ..errors import ConfigError
+from .batch import CaptionBatch, Segment, chunks, collate
+from .cache import SegmentCache
+from .files import text_model
+from .tokens import SPECIAL_TOKENS, CaptionTokenizer, TokenizedCaption, load_tokenizer
+
+
+@MODELS.register_module()
+class GroundingTextEncoder(BaseModel):
+    """Text encoder with mmdet's arguments and parameter names (``BertModel`` there).
+
+    The constructor reads the model's config and vocabulary only; :meth:`init_weights` loads its
+    weights, which a base checkpoint would overwrite anyway. Checkpoints of mmdet's Grounding DINO
+    load with no missing and no unexpected key.
+
+    While no parameter of it is trainable it runs without graph and dropout, and the features of
+    segments are remembered. They are forgotten when weights are loaded, moved, converted or changed
+    in place. Nothing is remembered while there are PEFT adapters in it, for these can be switched
+    without a trace. Call :meth:`clear_cache` after a change that torch can't see (``.data``).
+
+    Args:
+        name: Folder of a BERT, or its name on the Hugging Face hub.
+        max_tokens: Longest caption in tokens, [CLS] and [SEP] included.
+        pad_to_max: Whether captions are padded to ``max_tokens``, or to the longest in the batch.
+        use_sub_sentence_represent: Must be True; taken for mmdet's sake.
+        special_tokens_list: Tokens that end a segment.
+        add_pooling_layer: Whether BERT's pooling layer is built; nothing reads it.
+        num_layers_of_embedded: Number of last layers that features are the mean of, divided by
+            their number once more, as mmdet does.
+        use_checkpoint: Whether BERT's layers recompute their activations in the backward pass.
+        cache_bytes: Most bytes of remembered features.
+        **kwargs: Arguments of mmengine's ``BaseModel``.
+
+    Raises:
+        ConfigError: No text model there, not a BERT, or without sub-sentences.
+    """
+
+    def __init__(
+        self,
+        name: str = 'bert-base-uncased',
+        max_tokens: int = 256,
+        pad_to_max: bool = True,
+        use_sub_sentence_represent: bool = True,
+        special_tokens_list: Optional[Sequence[str]] = SPECIAL_TOKENS,
+        add_pooling_layer: bool = False,
+        num_layers_of_embedded: int = 1,
+        use_checkpoint: bool = False,
+        cache_bytes: int = 256 * 1024**2,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not use_sub_sentence_represent or not special_tokens_list:
+            raise ConfigError(
+                'language_model.use_sub_sentence_represent='
+                f'{use_sub_sentence_represent} with special_tokens_list={special_tokens_list}: '
+                'Grounding DINO encodes every class name by itself; set it to True and '
+                f'special_tokens_list={list(SPECIAL_TOKENS)}'
+            )
+        self.name = name
+        self.max_tokens = max_tokens
+        self.pad_to_max = pad_to_max
+        self.tokenizer = load_tokenizer(name)
+        self.caption_tokenizer = CaptionTokenizer(self.tokenizer, max_tokens, special_tokens_list)
+        self.use_sub_sentence_represent = use_sub_sentence_represent
+        self.special_tokens = list(self.caption_tokenizer.special_ids)
+        body = _BertBody(
+            _bert_config(name), add_pooling_layer, num_layers_of_embedded, use_checkpoint
+        )
+        self.language_backbone = nn.Sequential(OrderedDict(body=body))
+        self._pad_id = self.tokenizer.pad_token_id or 0
+        self._cache = SegmentCache(cache_bytes)
+        self._cached_version: Hashable = None
+        self._register_load_state_dict_pre_hook(self._before_load)
+
+    # -------------------------------------------------------------------------------------- weights
+
+    def init_weights(self) -> None:
+        """Loads BERT's pretrained weights; with an ``init_cfg``, makes random ones as it says.
+
+        Raises:
+            ConfigError: There are none, or they are of another size.
+        """
+        if self.is_init:
+            return
+        if self.init_cfg:
+            super().init_weights()
+            return
+        body = self.language_backbone.body
+        pretrained = text_model(
+            self.name,
+            BertModel.from_pretrained,
+            config=body.model.config,
+            add_pooling_layer=body.model.pooler is not None,
+        )
+        body.model.load_state_dict(pretrained.state_dict())
+        self.clear_cache()
+        self.is_init = True
+
+    def _before_load(self, state_dict: dict, prefix: str, *_: Any) -> None:
+        self.clear_cache()
+        # a buffer of older versions of transformers, found in mmdet's published checkpoints
+        state_dict.pop(f'{prefix}language_backbone.body.model.embeddings.position_ids', None)
+
+    def _apply(self, fn: Callable, *args: Any, **kwargs: Any) -> GroundingTextEncoder:
+        self.clear_cache()
+        return super()._apply(fn, *args, **kwargs)
+
+    def clear_cache(self) -> None:
+        """Forgets all remembered features."""
+        self._cache.clear()
+
+    # ------------------------------------------------------------------------------------- encoding
+
+    def forward(self, captions: Sequence[str], **kwargs: Any) -> dict[str, Tensor]:
+        """Features of captions given as text; mmdet's interface.
+
+        Args:
+            captions: Captions that end with a dot. One longer than ``max_tokens`` is cut.
+            **kwargs: Not read; mmdet's interface has them.
+
+        Returns:
+            As :meth:`encode`.
+        """
+        return self.encode([self.caption_tokenizer.from_plain_text(text) for text in captions])
+
+    def encode(self, captions: Sequence[TokenizedCaption]) -> dict[str, Tensor]:
+        """Features of tokenised captions.
+
+        Args:
+            captions: One per image; equal ones cost nothing.
+
+        Returns:
+            ``embedded`` [B, T, C] and ``hidden`` [B, T, C] (the last layer); ``masks`` [B, T, T]
+            bool, True where one token attends to another; ``position_ids`` [B, T] int64, position
+            within the segment; ``text_token_mask`` [B, T] bool, False at padding.
+
+        Raises:
+            ConfigError: A caption or a segment is longer than the model takes.
+        """
+        batch = collate(captions, self._pad_id, self.max_tokens if self.pad_to_max else 0)
+        self._check_length(batch)
+        device = next(self.language_backbone.parameters()).device
+        rows, begins = self._segment_features(batch.segments, device)
+        index, segment_ids, position_ids, valid = _to_device(
+            np.stack(
+                [
+                    begins[batch.segment] + batch.position_ids,
+                    batch.segment_ids,
+                    batch.position_ids,
+                    batch.valid,
+                ]
+            ),
+            device,
+        )
+        features = rows.index_select(0, index.flatten()).unflatten(0, index.shape)
+        return dict(
+            embedded=features[..., 0, :],
+            hidden=features[..., -1, :],
+            masks=segment_ids[:, :, None] == segment_ids[:, None, :],
+            position_ids=position_ids,
+            text_token_mask=valid.bool(),
+        )
+
+    def _check_length(self, batch: CaptionBatch) -> None:
+        longest = max(map(len, batch.segments))
+        positions = self.language_backbone.body.model.config.max_position_embeddings
+        if longest > positions:
+            raise ConfigError(
+                f'a phrase of {longest} tokens is longer than the {positions} positions of the '
+                f'text model {self.name!r}; shorten it or part it with dots'
+            )
+        length = batch.segment.shape[1]
+        if length > self.max_tokens:
+            raise ConfigError(
+                f'a caption of {length} tokens is longer than language_model.max_tokens='
+                f'{self.max_tokens}; give TokenSpans the same max_tokens'
+            )
+
+    def _segment_features(
+        self, segments: Sequence[Segment], device: torch.device
+    ) -> tuple[Tensor, np.ndarray]:
+        """Features of segments as rows [R, 1 or 2, C], and the row where each one begins."""
+        trainable = any(p.requires_grad for p in self.language_backbone.parameters())
+        if trainable:
+            self.clear_cache()
+            return self._encode_segments(segments, device)
+        if self.language_backbone.training:
+            self.language_backbone.eval()
+        with torch.no_grad():
+            if any(isinstance(m, BaseTunerLayer) for m in self.language_backbone.modules()):
+                self.clear_cache()
+                return self._encode_segments(segments, device)
+            return self._remembered_features(segments, device)
+
+    def _remembered_features(
+        self, segments: Sequence[Segment], device: torch.device
+    ) -> tuple[Tensor, np.ndarray]:
+        version = _version(self.language_backbone)
+        if version != self._cached_version:
+            self.clear_cache()
+            self._cached_version = version
+        precision = _autocast_dtype(device)
+        features = [self._cache.get((precision, segment)) for segment in segments]
+        missing = [number for number, known in enumerate(features) if known is None]
+        if missing:
+            new = [segments[number] for number in missing]
+            rows, begins = self._encode_segments(new, device)
+            for number, segment, begin in zip(missing, new, begins.tolist()):
+                features[number] = rows[begin : begin + len(segment)].clone()
+                self._cache.put((precision, segment), features[number])
+        lengths = np.array([len(segment) for segment in segments])
+        return torch.cat(features), np.cumsum(lengths) - lengths
+
+    def _encode_segments(
+        self, segments: Sequence[Segment], device: torch.device
+    ) -> tuple[Tensor, np.ndarray]:
+        body = self.language_backbone.body
+        positions = body.model.config.max_position_embeddings
+        parts = chunks(segments, self._pad_id, positions)
+        numbers = _to_device(
+            np.concatenate([a.ravel() for part in parts for a in (part.input_ids, part.lengths)]),
+            device,
+        )
+        features, begins, row, read = [], np.zeros(len(segments), dtype=np.int64), 0, 0
+        for part in parts:
+            count, length = part.input_ids.shape
+            input_ids, lengths = numbers[read : read + count * (length + 1)].split(
+                [count * length, count]
+            )
+            features.append(body(input_ids.view(count, length), lengths).flatten(0, 1))
+            begins[list(part.members)] = row + length * np.arange(len(part.members))
+            row += count * length
+            read += count * (length + 1)
+        return torch.cat(features), begins
+
+
+class _BertBody(nn.Module):
+    """BERT on rows of one segment each; mmdet's ``BertEncoder``, whose parameter names it keeps.
+
+    BERT's parts are called one by one: its own ``forward`` takes other masks in every version of
+    transformers, and asks the host whether a mask has padding at all.
+    """
+
+    def __init__(
+        self,
+        config: BertConfig,
+        add_pooling_layer: bool,
+        num_layers_of_embedded: int,
+        use_checkpoint: bool,
+    ) -> None:
+        super().__init__()
+        self.model = BertModel(config, add_pooling_layer=add_pooling_layer)
+        self.language_dim = config.hidden_size
+        self.num_layers_of_embedded = num_layers_of_embedded
+        self.use_checkpoint = use_checkpoint
+
+    def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Features of segments.
+
+        Args:
+            input_ids: Token ids [N, L].
+            lengths: Tokens per row [N]; what follows is padding.
+
+        Returns:
+            [N, L, 1, C]: the last layer; or [N, L, 2, C]: the mean of the last
+            ``num_layers_of_embedded`` layers, and the last layer.
+        """
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        hidden = self.model.embeddings(
+            input_ids=input_ids,
+            token_type_ids=torch.zeros_like(input_ids),
+            position_ids=positions[None].expand_as(input_ids),
+        )
+        mask = torch.zeros(input_ids.shape, dtype=hidden.dtype, device=hidden.device)
+        mask = mask.masked_fill(positions >= lengths[:, None], torch.finfo(hidden.dtype).min)
+        mask = mask[:, None, None]
+        layers = []
+        for layer in self.model.encoder.layer:
+            if self.use_checkpoint and torch.is_grad_enabled():
+                hidden = checkpoint(layer, hidden, mask, use_reentrant=False)
+            else:
+                hidden = layer(hidden, mask)
+            # transformers 4 returns a tuple
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+            layers.append(hidden)
+        count = self.num_layers_of_embedded
+        if count == 1:
+            return hidden[:, :, None]
+        return torch.stack([torch.stack(layers[-count:]).mean(0) / count, hidden], dim=2)
+
+
+def _bert_config(name: str) -> BertConfig:
+    values = text_model(name, BertConfig.get_config_dict)[0]
+    if values.get('model_type', 'bert') != 'bert':
+        raise ConfigError(
+            f'language_model.name={name!r} is a text model of type {values["model_type"]!r}; '
+            'Grounding DINO needs a BERT'
+        )
+    return BertConfig.from_dict(values)
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type == 'cuda':
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def _version(module: nn.Module) -> int:
+    """A number that grows whenever a parameter is changed in place."""
+    return sum(0 if p.is_inference() else p._version for p in module.parameters())
+
+
+def _autocast_dtype(device: torch.device) -> Optional[torch.dtype]:
+    if device.type == 'cpu':
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
