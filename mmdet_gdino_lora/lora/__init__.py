@@ -1,0 +1,18 @@
+"""Adapters: where they go, how they are stored, and what they stand on."""
+
+from .base import load_base
+from .inject import Report, describe, inject, set_frozen_eval
+from .presets import GROUPS, PRESETS
+from .state import LoraState, lora_state
+
+__all__ = [
+    'GROUPS',
+    'PRESETS',
+    'LoraState',
+    'Report',
+    'describe',
+    'inject',
+    'load_base',
+    'lora_state',
+    'set_frozen_eval',
+]

@@ -1,0 +1,261 @@
+"""Base checkpoints: finding the file, reading it safely, and checking that it fits the detector."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+from urllib.error import URLError
+from urllib.parse import urlparse
+
+import torch
+from mmengine.dist import barrier, is_main_process
+from mmengine.logging import MMLogger
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..engine.safe_load import allow_mmengine_checkpoints
+from ..errors import ConfigError
+from .inject import LABEL_EMBEDDING
+from .state import Base, lora_state
+
+# Buffers that files may have or lack: counters, and index tables that every constructor makes anew.
+_OPTIONAL_ENDINGS = ('num_batches_tracked', 'position_ids', 'relative_position_index')
+
+
+def load_base(detector: nn.Module, source: str) -> Base:
+    """Loads base weights into a detector that has no adapters yet.
+
+    Args:
+        detector: The plain detector.
+        source: A checkpoint of mmdet's (``.pth``) or ``.safetensors``: a path or a URL.
+
+    Returns:
+        What was loaded; also kept as ``detector.lora_state.base``.
+
+    Raises:
+        ConfigError: If the file is missing, can't be downloaded, is truncated or not a plain
+            checkpoint, or belongs to another architecture.
+    """
+    weights = read_weights(fetch(source))
+    base = fit_base(detector, weights, source)
+    lora_state(detector).base = base
+    MMLogger.get_current_instance().info('Base loaded from %s', source)
+    return base
+
+
+def fit_base(detector: nn.Module, weights: Mapping[str, Tensor], source: str) -> Base:
+    """Copies weights under their plain names into a detector, all or nothing.
+
+    Args:
+        detector: The detector, injected or not.
+        weights: Tensors by plain name.
+        source: For messages and for the record.
+
+    Returns:
+        The base with its fingerprint.
+
+    Raises:
+        ConfigError: If names or shapes don't fit.
+    """
+    own = plain_tensors(detector)
+    absent = [
+        name
+        for name in (LABEL_EMBEDDING,)
+        if name in own and (name not in weights or weights[name].shape != own[name].shape)
+    ]
+    weights = {name: w for name, w in weights.items() if name not in absent}
+    _check_names(own, weights, absent, source)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            if name in own:
+                own[name].copy_(weight)
+    return Base(source, fingerprint(own, absent), frozenset(absent))
+
+
+def plain_tensors(detector: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers under the names that they have without adapters.
+
+    Args:
+        detector: The detector, injected or not.
+
+    Returns:
+        The detector's own tensors, not copies; adapters are left out.
+    """
+    tensors: dict[str, Tensor] = {}
+    for prefix, module in detector.named_modules(remove_duplicate=False):
+        own = {**module._parameters}
+        own.update(
+            (key, buffer)
+            for key, buffer in module._buffers.items()
+            if key not in module._non_persistent_buffers_set
+        )
+        for key, tensor in own.items():
+            name = f'{prefix}.{key}' if prefix else key
+            if tensor is not None and '.lora_' not in name:
+                tensors[name.replace('.base_layer.', '.')] = tensor.detach()
+    return tensors
+
+
+def _check_names(
+    own: Mapping[str, Tensor], weights: Mapping[str, Tensor], absent: Sequence[str], source: str
+) -> None:
+    missing = [n for n in own if n not in weights and n not in absent and _counts(n)]
+    unknown = [n for n in weights if n not in own and _counts(n)]
+    shapes = [n for n in weights if n in own and weights[n].shape != own[n].shape]
+    if not (missing or unknown or shapes):
+        return
+    found = []
+    if shapes:
+        name = shapes[0]
+        found.append(
+            f'{len(shapes)} weights have another shape ({name} is {tuple(weights[name].shape)} in '
+            f'the file and {tuple(own[name].shape)} in the model)'
+        )
+    if missing:
+        found.append(f'{len(missing)} of the model are not in the file ({_some(missing)})')
+    if unknown:
+        found.append(f'{len(unknown)} of the file are not in the model ({_some(unknown)})')
+    raise ConfigError(
+        f'base checkpoint {source} belongs to another architecture than the config describes: '
+        f'{"; ".join(found)}; use the config that the base was made with, or another base.'
+    )
+
+
+def _counts(name: str) -> bool:
+    return not name.endswith(_OPTIONAL_ENDINGS) and '.pooler.' not in name
+
+
+def _some(names: Sequence[str], count: int = 3) -> str:
+    return ', '.join(names[:count]) + (', ...' if len(names) > count else '')
+
+
+def fingerprint(tensors: Mapping[str, Tensor], absent: Sequence[str] = ()) -> dict[str, str]:
+    """Digests of weights, one for each top-level module.
+
+    Args:
+        tensors: By plain name.
+        absent: Names that don't count.
+
+    Returns:
+        ``{'backbone': hex digest, ...}``; equal exactly if names, shapes, types and bits are.
+    """
+
+    def digest(name: str) -> bytes:
+        tensor = tensors[name].detach().cpu().contiguous()
+        head = f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode()
+        hasher = hashlib.blake2b(head, digest_size=16)
+        hasher.update(tensor.flatten().view(torch.uint8).numpy())
+        return hasher.digest()
+
+    names = sorted(n for n in tensors if n not in absent and _counts(n))
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(digest, names))
+    groups: dict[str, Any] = {}
+    for name, value in zip(names, digests):
+        group = groups.setdefault(name.split('.')[0], hashlib.blake2b(digest_size=16))
+        group.update(value)
+    return {group: hasher.hexdigest() for group, hasher in groups.items()}
+
+
+def fetch(source: str) -> str:
+    """A local path for a path or URL.
+
+    Args:
+        source: As the user gave it. URLs are kept where torch hub keeps its downloads; on several
+            ranks one downloads.
+
+    Returns:
+        Path of an existing file.
+
+    Raises:
+        ConfigError: If there is no such file, or the URL can't be reached.
+    """
+    if urlparse(source).scheme not in ('http', 'https'):
+        path = os.path.expanduser(source)
+        if not os.path.isfile(path):
+            raise ConfigError(
+                f'base_checkpoint={source!r}: there is no such file; give the path or URL of a '
+                'checkpoint.'
+            )
+        return path
+    folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
+    path = os.path.join(folder, os.path.basename(urlparse(source).path))
+    failure: Optional[Exception] = None
+    if not os.path.exists(path) and is_main_process():
+        os.makedirs(folder, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(source, path)
+        except (URLError, OSError) as error:
+            failure = error
+    barrier()
+    if not os.path.exists(path):
+        raise ConfigError(
+            f'base_checkpoint={source!r} cannot be downloaded ({failure or "see rank 0"}); fetch '
+            f'it elsewhere and put it at {path}, or give the path of a local copy.'
+        ) from failure
+    return path
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """Tensors of a checkpoint, without running anything that the file may hold.
+
+    Args:
+        path: ``.safetensors``, or a file of ``torch.save`` with the weights at the top level or
+            under ``state_dict`` or ``model``.
+
+    Returns:
+        Tensors by name, on the CPU, without a ``module.`` prefix.
+
+    Raises:
+        ConfigError: If the file is truncated, damaged, or holds other things than plain weights.
+    """
+    content = read_file(path)
+    for key in ('state_dict', 'model'):
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if not weights:
+        raise ConfigError(f'{path} holds no weights; give a checkpoint of a detector.')
+    return {name[7:] if name.startswith('module.') else name: w for name, w in weights.items()}
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """What a checkpoint file holds, read safely.
+
+    Args:
+        path: ``.safetensors`` or a file of ``torch.save``.
+
+    Returns:
+        Its top-level dict, tensors on the CPU.
+
+    Raises:
+        ConfigError: As for :func:`read_weights`.
+    """
+    allow_mmengine_checkpoints()
+    try:
+        if path.endswith('.safetensors'):
+            return load_file(path)
+        content = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError as error:
+        raise ConfigError(f'{path}: there is no such file.') from error
+    except pickle.UnpicklingError as error:
+        reason = str(error).split('\n')[0]
+        raise ConfigError(
+            f'{path} is damaged or holds more than weights, and is not read because that could run '
+            f'code ({reason}); use another copy, or a .safetensors file.'
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise ConfigError(
+            f'{path} cannot be read ({str(error).splitlines()[0] if str(error) else "empty file"}):'
+            ' it is truncated or no checkpoint; copy or download it again.'
+        ) from error
+    if not isinstance(content, dict):
+        raise ConfigError(f'{path} holds a {type(content).__name__}, not a dict of weights.')
+    return content
