@@ -1,0 +1,32 @@
+"""LoRA fine-tuning of Grounding DINO in MMDetection 3, with the training objective of its paper.
+
+Importing the package registers everything a config can name::
+
+    custom_imports = dict(imports=['mmdet_gdino_lora'])
+"""
+
+from .environment import check_environment
+
+check_environment()
+
+from .criterion import GroundingDINOCriterion, build_criterion  # noqa: E402
+from .datasets import TokenSpans  # noqa: E402
+from .detector import LoRAGroundingDINO  # noqa: E402
+from .engine.safe_load import allow_mmengine_checkpoints  # noqa: E402
+from .head import GroundingDINOCriterionHead  # noqa: E402
+from .matching import BoxGIoUCost, BoxL1Cost, TokenFocalCost  # noqa: E402
+from .text import GroundingTextEncoder  # noqa: E402
+
+allow_mmengine_checkpoints()
+
+__all__ = [
+    'BoxGIoUCost',
+    'BoxL1Cost',
+    'GroundingDINOCriterion',
+    'GroundingDINOCriterionHead',
+    'GroundingTextEncoder',
+    'LoRAGroundingDINO',
+    'TokenFocalCost',
+    'TokenSpans',
+    'build_criterion',
+]

@@ -1,0 +1,412 @@
+"""The detector: mmdet's Grounding DINO with LoRA adapters on a frozen base.
+
+What is particular to this project is called from here and lives elsewhere: text in ``text/``,
+adapters and their files in ``lora/``, the objective in ``criterion.py`` behind ``head.py``, lean
+versions of mmdet's layers in ``layers/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Optional, Union
+
+import torch
+from mmdet.models.detectors import GroundingDINO
+from mmdet.registry import MODELS
+from mmdet.structures import SampleList
+from mmengine.model import BaseModule
+from mmengine.structures import BaseDataElement
+from torch import Tensor
+
+from .engine.runner_config import annotations_follow_resize, runner_config
+from .layers.decoder import FusedGroundingDinoDecoder
+from .layers.denoising import DenoisingQueryGenerator
+from .layers.encoder import FusedGroundingDinoEncoder
+from .lora import inject, load_base, set_frozen_eval
+from .text import TokenizedCaption
+
+NO_DENOISING = dict(group_cfg=dict(dynamic=False, num_groups=1))
+
+
+@MODELS.register_module()
+class LoRAGroundingDINO(GroundingDINO):
+    """mmdet's ``GroundingDINO`` with PEFT adapters injected and everything else frozen.
+
+    Every argument of ``GroundingDINO`` keeps its meaning. ``BertModel`` as language model and
+    ``GroundingDINOHead`` as head are exchanged for this project's own (same parameters, same
+    names), so that an existing mmdet config needs no more than this detector's name.
+
+    Args:
+        language_model: Config of the text encoder.
+        lora: Fields of ``peft.LoraConfig`` and ``preset``, a name or a list of names of module
+            groups, or ``target_modules``. None trains every parameter (pretraining, full
+            fine-tuning).
+        base_checkpoint: The weights that adapters are put on: a checkpoint of mmdet's, a URL or a
+            local path. None: mmengine's ``load_from`` brings them, or they stay random.
+        train_box_head: Whether the box regression branches are trained beside the adapters.
+        trainable: Patterns (``re.search`` on parameter names) of further parameters to train.
+        check_adapters: Whether training stops when a trainable parameter gets no gradient.
+        full_checkpoint: Whether checkpoints hold the frozen base as well.
+        bbox_head: Config of the head.
+        dn_cfg: Config of the denoising queries; None switches denoising off.
+        **kwargs: As for ``GroundingDINO``.
+
+    Raises:
+        ConfigError: For an unknown preset, a target that matches no module, a base that can't be
+            read or belongs to another architecture, a text model that isn't there.
+    """
+
+    def __init__(
+        self,
+        language_model: dict,
+        *,
+        bbox_head: dict,
+        lora: Optional[dict] = None,
+        base_checkpoint: Optional[str] = None,
+        train_box_head: bool = True,
+        trainable: Sequence[str] = (),
+        check_adapters: bool = True,
+        full_checkpoint: bool = False,
+        dn_cfg: Optional[dict] = None,
+        **kwargs: Any,
+    ) -> None:
+        # mmdet's DINO writes what else the generator needs into this dict.
+        generator_cfg = dict(dn_cfg or NO_DENOISING)
+        super().__init__(
+            _replaced(language_model, 'BertModel', 'GroundingTextEncoder'),
+            bbox_head=_replaced(bbox_head, 'GroundingDINOHead', 'GroundingDINOCriterionHead'),
+            dn_cfg=generator_cfg,
+            **kwargs,
+        )
+        self.dn_query_generator = DenoisingQueryGenerator(**generator_cfg) if dn_cfg else None
+        self.base_checkpoint = base_checkpoint
+        if base_checkpoint:
+            load_base(self, base_checkpoint)
+        if lora is not None:
+            inject(self, lora, train_box_head=train_box_head, trainable=trainable)
+        self._class_tokens: dict[Any, Tensor] = {}
+        self._boxes_in_original_image: Optional[bool] = None
+
+    def _init_layers(self) -> None:
+        # mmdet names its encoder's and decoder's classes in the code; it builds one layer of each
+        # here, which makes room for the lean ones.
+        encoder, decoder = self.encoder, self.decoder
+        self.encoder = {**encoder, 'num_layers': 1, 'num_cp': 0}
+        self.decoder = {**decoder, 'num_layers': 1}
+        super()._init_layers()
+        self.encoder = FusedGroundingDinoEncoder(**encoder)
+        self.decoder = FusedGroundingDinoDecoder(**decoder)
+
+    # --------------------------------------------------------------------------- weights and modes
+
+    def init_weights(self) -> None:
+        """Random and pretrained initialisation, where no base has brought the weights.
+
+        mmdet's own would run Xavier over the adapters as well, after which an injected model no
+        longer starts equal to its base, and would fetch backbone and text weights that the base
+        overwrites.
+        """
+        if self.base_checkpoint:
+            return
+        if runner_config().get('load_from'):
+            for module in self.modules():
+                if isinstance(module, BaseModule) and _is_pretrained(module.init_cfg):
+                    module.init_cfg = None
+            self.language_model.is_init = True
+        adapters = {
+            name: value.detach().clone()
+            for name, value in self.state_dict().items()
+            if 'lora_' in name
+        }
+        super().init_weights()
+        with torch.no_grad():
+            for name, value in self.state_dict(keep_vars=True).items():
+                if name in adapters:
+                    value.copy_(adapters[name])
+
+    def train(self, mode: bool = True) -> LoRAGroundingDINO:
+        """Sets training mode, in which frozen modules stay in eval mode.
+
+        Args:
+            mode: True for training.
+
+        Returns:
+            The detector.
+        """
+        super().train(mode)
+        set_frozen_eval(self)
+        return self
+
+    # ------------------------------------------------------------------------------------- captions
+
+    def captions(self, batch_data_samples: SampleList) -> list[TokenizedCaption]:
+        """Tokenised captions of a batch: the loader's, or made here from the class names.
+
+        Args:
+            batch_data_samples: With ``caption_tokens`` (from ``TokenSpans``), or with ``text``: a
+                sequence of class names, names joined by `` . ``, or a caption together with
+                ``tokens_positive``.
+
+        Returns:
+            One per image.
+        """
+        return [self._caption(sample) for sample in batch_data_samples]
+
+    def _caption(self, sample: Any) -> TokenizedCaption:
+        if 'caption_tokens' in sample:
+            return sample.caption_tokens
+        tokenizer = self.language_model.caption_tokenizer
+        if sample.get('tokens_positive') is not None:
+            return tokenizer.from_text(sample.text, sample.tokens_positive)
+        names = sample.text
+        if isinstance(names, str):
+            names = [name.strip() for name in names.split('. ') if name.strip(' .')]
+        return tokenizer.from_names(names)
+
+    def encode_text(self, captions: Sequence[TokenizedCaption]) -> dict[str, Tensor]:
+        """Text features in the transformer's width.
+
+        Args:
+            captions: One per image.
+
+        Returns:
+            ``embedded`` [B, T, C], ``text_token_mask`` [B, T], ``position_ids`` [B, T], ``masks``
+            [B, T, T]: True where one token attends to another.
+        """
+        text_dict = self.language_model.encode(captions)
+        text_dict['embedded'] = self.text_feat_map(text_dict['embedded'])
+        return text_dict
+
+    def _attach_targets(
+        self,
+        batch_data_samples: SampleList,
+        captions: Sequence[TokenizedCaption],
+        text_token_mask: Tensor,
+    ) -> None:
+        for sample, caption, mask in zip(batch_data_samples, captions, text_token_mask):
+            instances = sample.gt_instances
+            table = self._class_token_table(caption, mask.shape[0], mask.device)
+            instances.positive_maps = table[instances.labels]
+            instances.text_token_mask = mask[None].expand(len(instances.labels), -1)
+
+    def _class_token_table(
+        self, caption: TokenizedCaption, num_tokens: int, device: torch.device
+    ) -> Tensor:
+        """Positive map of every class [classes, T], kept on the device for as long as it serves.
+
+        Indexing it by label there spares the step a transfer of labels to the host per image.
+        """
+        key = (caption.text, num_tokens, device)
+        if key not in self._class_tokens:
+            if len(self._class_tokens) > 64:
+                self._class_tokens.clear()
+            table = torch.from_numpy(caption.class_map(num_tokens))
+            self._class_tokens[key] = table.to(device, non_blocking=True)
+        return self._class_tokens[key]
+
+    # ------------------------------------------------------------------------------------ transformer
+
+    def pre_decoder(
+        self,
+        memory: Tensor,
+        memory_mask: Optional[Tensor],
+        spatial_shapes: Tensor,
+        memory_text: Tensor,
+        text_token_mask: Tensor,
+        batch_data_samples: Optional[SampleList] = None,
+    ) -> tuple[dict, dict]:
+        """Selects the decoder's queries among the encoder's proposals.
+
+        As mmdet's, but the encoder's outputs are returned in eval mode too (validation losses need
+        them) and denoising may be off.
+
+        Args:
+            memory: Image features after the encoder [B, N, C].
+            memory_mask: True at padding [B, N], or None.
+            spatial_shapes: Height and width of every level [levels, 2].
+            memory_text: Text features after the encoder [B, T, C].
+            text_token_mask: True at real tokens [B, T].
+            batch_data_samples: Ground truth, for the denoising queries.
+
+        Returns:
+            Inputs of the decoder and inputs of the head.
+        """
+        last = self.decoder.num_layers
+        classify, regress = self.bbox_head.cls_branches[last], self.bbox_head.reg_branches[last]
+        output_memory, output_proposals = self.gen_encoder_output_proposals(
+            memory, memory_mask, spatial_shapes
+        )
+        scores = classify(output_memory, memory_text, text_token_mask)
+        selected = torch.topk(scores.max(-1)[0], k=self.num_queries, dim=1)[1][..., None]
+        enc_outputs_class = torch.gather(scores, 1, selected.expand(-1, -1, scores.shape[-1]))
+        coords = regress(output_memory) + output_proposals
+        coords = torch.gather(coords, 1, selected.expand(-1, -1, 4))
+
+        query = self.query_embedding.weight[None].expand(len(memory), -1, -1)
+        reference_points = coords.detach()
+        dn_mask, dn_meta = None, None
+        if self.training and self.dn_query_generator is not None:
+            dn_query, dn_boxes, dn_mask, dn_meta = self.dn_query_generator(batch_data_samples)
+            query = torch.cat([dn_query, query], dim=1)
+            reference_points = torch.cat([dn_boxes, reference_points], dim=1)
+        decoder_inputs = dict(
+            query=query,
+            memory=memory,
+            reference_points=reference_points.sigmoid(),
+            dn_mask=dn_mask,
+            memory_text=memory_text,
+            text_attention_mask=~text_token_mask,
+        )
+        head_inputs = dict(
+            enc_outputs_class=enc_outputs_class,
+            enc_outputs_coord=coords.sigmoid(),
+            dn_meta=dn_meta,
+            memory_text=memory_text,
+            text_token_mask=text_token_mask,
+        )
+        return decoder_inputs, head_inputs
+
+    def forward_decoder(self, query: Tensor, **kwargs: Any) -> dict:
+        """As mmdet's, also without denoising queries.
+
+        Args:
+            query: Content queries [B, Q, C].
+            **kwargs: As for mmdet's ``DINO.forward_decoder``; ``memory`` is the decoder's value.
+
+        Returns:
+            ``hidden_states`` [L, B, Q, C] and ``references``, L + 1 times [B, Q, 4].
+        """
+        hidden_states, references = self.decoder(
+            query=query,
+            value=kwargs.pop('memory'),
+            key_padding_mask=kwargs.pop('memory_mask'),
+            self_attn_mask=kwargs.pop('dn_mask'),
+            reg_branches=self.bbox_head.reg_branches,
+            **kwargs,
+        )
+        return dict(hidden_states=hidden_states, references=list(references))
+
+    # ---------------------------------------------------------------------- training and prediction
+
+    def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
+        """Weighted loss components of a batch.
+
+        Args:
+            batch_inputs: Normalised images [B, 3, H, W].
+            batch_data_samples: Captions (see :meth:`captions`) and ``gt_instances``.
+
+        Returns:
+            The head's components under the criterion's names.
+        """
+        captions = self.captions(batch_data_samples)
+        head_inputs = self._forward_captions(batch_inputs, batch_data_samples, captions)
+        return self.bbox_head.loss(**head_inputs, batch_data_samples=batch_data_samples)
+
+    def _forward_captions(
+        self,
+        batch_inputs: Tensor,
+        batch_data_samples: SampleList,
+        captions: Sequence[TokenizedCaption],
+    ) -> dict[str, Any]:
+        text_dict = self.encode_text(captions)
+        if all('gt_instances' in sample for sample in batch_data_samples):
+            self._attach_targets(batch_data_samples, captions, text_dict['text_token_mask'])
+        features = self.extract_feat(batch_inputs)
+        return self.forward_transformer(features, text_dict, batch_data_samples)
+
+    def predict(
+        self, batch_inputs: Tensor, batch_data_samples: SampleList, rescale: bool = True
+    ) -> SampleList:
+        """Detections of a batch.
+
+        Args:
+            batch_inputs: Normalised images [B, 3, H, W].
+            batch_data_samples: With ``text``: class names, or a caption. Free text and
+                ``test_cfg.chunked_size`` are handled by mmdet's own code.
+            rescale: Whether boxes are returned in the original image's pixels.
+
+        Returns:
+            The samples with ``pred_instances``: ``bboxes`` (absolute xyxy), ``scores`` in 0..1,
+            ``labels`` and ``label_names``.
+        """
+        if self.test_cfg.get('chunked_size', -1) > 0 or any(map(_is_free_text, batch_data_samples)):
+            return super().predict(batch_inputs, batch_data_samples, rescale)
+        return self._predict_captions(batch_inputs, batch_data_samples, rescale)[0]
+
+    def _predict_captions(
+        self, batch_inputs: Tensor, batch_data_samples: SampleList, rescale: bool = True
+    ) -> tuple[SampleList, dict[str, Any]]:
+        captions = self.captions(batch_data_samples)
+        head_inputs = self._forward_captions(batch_inputs, batch_data_samples, captions)
+        for sample, caption in zip(batch_data_samples, captions):
+            sample.token_positive_map = {
+                label + 1: list(tokens) for label, tokens in enumerate(caption.token_spans)
+            }
+        results = self.bbox_head.predict(
+            **head_inputs, batch_data_samples=batch_data_samples, rescale=rescale
+        )
+        for sample, instances, caption in zip(batch_data_samples, results, captions):
+            names = caption.names
+            instances.label_names = [names[label] for label in instances.labels.tolist()]
+            sample.pred_instances = instances
+        return batch_data_samples, head_inputs
+
+    def val_step(self, data: Union[dict, tuple, list]) -> list:
+        """Detections of a batch and, behind them, its losses for mmengine's ``ValLoop`` to log.
+
+        Args:
+            data: A batch of the loader.
+
+        Returns:
+            The samples with predictions; where ground truth is at hand, one more element with
+            ``loss``, the components of :meth:`loss` without the denoising queries.
+        """
+        data = self.data_preprocessor(data, False)
+        inputs, samples = data['inputs'], data['data_samples']
+        if any(map(_is_free_text, samples)) or self.test_cfg.get('chunked_size', -1) > 0:
+            return self.predict(inputs, samples)
+        results, head_inputs = self._predict_captions(inputs, samples)
+        if not all('gt_instances' in sample for sample in samples):
+            return results
+        losses = self.bbox_head.loss(
+            **head_inputs, batch_data_samples=self._with_resized_boxes(samples)
+        )
+        return [*results, BaseDataElement(loss=losses)]
+
+    def _with_resized_boxes(self, samples: SampleList) -> SampleList:
+        """Ground truth in the resized image's pixels, wherever the pipeline loaded it.
+
+        mmdet's test pipelines resize first and load annotations afterwards, which leaves the
+        boxes in the original image's pixels.
+        """
+        if self._boxes_in_original_image is None:
+            self._boxes_in_original_image = annotations_follow_resize(runner_config())
+        if not self._boxes_in_original_image:
+            return samples
+        resized = []
+        for sample in samples:
+            copy = sample.new()
+            boxes = sample.gt_instances.bboxes
+            copy.gt_instances = sample.gt_instances.clone()
+            copy.gt_instances.bboxes = boxes * boxes.new_tensor(sample.scale_factor).repeat(2)
+            resized.append(copy)
+        return resized
+
+
+def _replaced(cfg: dict, old: str, new: str) -> dict:
+    return {**cfg, 'type': new} if cfg['type'] == old else dict(cfg)
+
+
+def _is_free_text(sample: Any) -> bool:
+    """Whether noun phrases have to be found in the caption (mmdet does that with nltk)."""
+    if 'caption_tokens' in sample or not isinstance(sample.text, str):
+        return False
+    tokens_positive = sample.get('tokens_positive')
+    return tokens_positive == -1 or (
+        tokens_positive is None and not sample.get('custom_entities', False)
+    )
+
+
+def _is_pretrained(init_cfg: Any) -> bool:
+    cfgs = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]
+    return any(cfg and cfg.get('type') == 'Pretrained' for cfg in cfgs)

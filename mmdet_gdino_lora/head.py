@@ -1,0 +1,148 @@
+"""The glue between mmdet's Grounding DINO head and the criterion.
+
+On one side stand mmdet's data samples (``InstanceData``, absolute ``xyxy`` boxes), on the other
+the criterion's plain tensors. Nothing is computed here that either side can compute.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from mmdet.models.dense_heads import GroundingDINOHead
+from mmdet.registry import MODELS
+from mmdet.structures import SampleList
+from mmdet.structures.bbox import bbox_xyxy_to_cxcywh
+from mmdet.utils import InstanceList
+from torch import Tensor
+
+
+@MODELS.register_module()
+class GroundingDINOCriterionHead(GroundingDINOHead):
+    """mmdet's Grounding DINO head with its loss delegated to ``GroundingDINOCriterion``.
+
+    Parameters, their names, prediction and post-processing are mmdet's; checkpoints are
+    interchangeable. It also stands inside a stock ``GroundingDINO`` detector.
+
+    Args:
+        criterion: Config of the criterion. ``num_classes``, ``num_decoder_layers`` and
+            ``match_costs`` are filled in from the head and from ``train_cfg.assigner`` where the
+            config does not give them.
+        **kwargs: As for mmdet's ``GroundingDINOHead``; its ``loss_*`` are not used.
+    """
+
+    def __init__(self, criterion: Optional[dict] = None, **kwargs: Any) -> None:
+        # mmdet derives the number of class channels from this loss; nothing else reads it.
+        kwargs['loss_cls'] = dict(type='FocalLoss', use_sigmoid=True)
+        super().__init__(**kwargs)
+        criterion = dict(criterion or dict(type='GroundingDINOCriterion'))
+        criterion.setdefault('num_classes', self.num_classes)
+        criterion.setdefault('num_decoder_layers', self.num_pred_layer - int(self.as_two_stage))
+        if self.train_cfg:
+            criterion.setdefault('match_costs', self.assigner.match_costs)
+        self.criterion = MODELS.build(criterion)
+
+    def loss(
+        self,
+        hidden_states: Tensor,
+        references: list[Tensor],
+        memory_text: Tensor,
+        text_token_mask: Tensor,
+        enc_outputs_class: Optional[Tensor],
+        enc_outputs_coord: Optional[Tensor],
+        batch_data_samples: SampleList,
+        dn_meta: Optional[dict[str, int]],
+    ) -> dict[str, Tensor]:
+        """Weighted loss components of all decoder layers, the encoder and the denoising queries.
+
+        Args:
+            hidden_states: Decoder outputs [L, B, Q, C], denoising queries first.
+            references: Reference boxes before each layer and after the last, L + 1 times
+                [B, Q, 4], (cx, cy, w, h) in 0..1.
+            memory_text: Text features after the encoder [B, T, C].
+            text_token_mask: True at real tokens [B, T].
+            enc_outputs_class: Token logits of the selected proposals [B, Q, T or more] or None.
+            enc_outputs_coord: Boxes of the selected proposals [B, Q, 4] or None.
+            batch_data_samples: ``gt_instances`` with ``bboxes``, ``labels`` and
+                ``positive_maps`` [N, T or more].
+            dn_meta: ``num_denoising_queries`` and ``num_denoising_groups``; None without
+                denoising.
+
+        Returns:
+            The criterion's components times their weights, so that their sum is the loss.
+        """
+        logits, boxes = self(hidden_states, references, memory_text, text_token_mask)
+        outputs: dict[str, Any] = dict(text_token_mask=text_token_mask)
+        num_dn = dn_meta['num_denoising_queries'] if dn_meta else 0
+        if num_dn:
+            outputs['dn_outputs'] = dict(
+                pred_logits=logits[:, :, :num_dn],
+                pred_boxes=boxes[:, :, :num_dn],
+                num_groups=dn_meta['num_denoising_groups'],
+            )
+        layers = [
+            dict(pred_logits=layer_logits, pred_boxes=layer_boxes)
+            for layer_logits, layer_boxes in zip(logits[:, :, num_dn:], boxes[:, :, num_dn:])
+        ]
+        outputs.update(layers[-1], aux_outputs=layers[:-1])
+        if enc_outputs_class is not None:
+            outputs['enc_outputs'] = dict(
+                pred_logits=enc_outputs_class, pred_boxes=enc_outputs_coord
+            )
+        components = self.criterion(outputs, self.targets(batch_data_samples))
+        weights = self.criterion.weight_dict
+        return {name: value * weights[name] for name, value in components.items()}
+
+    @staticmethod
+    def targets(batch_data_samples: SampleList) -> list[dict[str, Tensor]]:
+        """Ground truth in the criterion's form.
+
+        Args:
+            batch_data_samples: As in :meth:`loss`.
+
+        Returns:
+            Per image: labels [N], boxes [N, 4] as (cx, cy, w, h) in 0..1, token_labels [N, T].
+        """
+        targets = []
+        for sample in batch_data_samples:
+            instances = sample.gt_instances
+            height, width = sample.img_shape[:2]
+            size = torch.tensor([width, height, width, height], dtype=instances.bboxes.dtype)
+            targets.append(
+                dict(
+                    labels=instances.labels,
+                    boxes=bbox_xyxy_to_cxcywh(
+                        instances.bboxes / size.to(instances.bboxes.device, non_blocking=True)
+                    ),
+                    token_labels=instances.positive_maps,
+                )
+            )
+        return targets
+
+    def predict(
+        self,
+        hidden_states: Tensor,
+        references: list[Tensor],
+        memory_text: Tensor,
+        text_token_mask: Tensor,
+        batch_data_samples: SampleList,
+        rescale: bool = True,
+        **training_inputs: Any,
+    ) -> InstanceList:
+        """As mmdet's; what only the loss needs (encoder outputs, denoising) is accepted too.
+
+        Args:
+            hidden_states: Decoder outputs [L, B, Q, C].
+            references: Reference boxes, L + 1 times [B, Q, 4].
+            memory_text: Text features [B, T, C].
+            text_token_mask: True at real tokens [B, T].
+            batch_data_samples: With ``token_positive_map`` (class number from 1 to its tokens).
+            rescale: Whether boxes are returned in the original image's pixels.
+            **training_inputs: The detector's other head inputs, not read.
+
+        Returns:
+            Per image: ``bboxes`` (absolute xyxy), ``scores`` in 0..1, ``labels``.
+        """
+        return super().predict(
+            hidden_states, references, memory_text, text_token_mask, batch_data_samples, rescale
+        )

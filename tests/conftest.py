@@ -1,0 +1,22 @@
+"""Settings and fixtures shared by all rooms' tests."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+
+import pytest
+import torch
+from mmdet.utils import register_all_modules
+
+from tests.builders import tiny_text_model
+
+register_all_modules(init_default_scope=True)
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope='session')
+def text_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny text model with a vocabulary of its own."""
+    return tiny_text_model(str(tmp_path_factory.mktemp('text')))
