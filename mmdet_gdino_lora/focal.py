@@ -1,0 +1,129 @@
+"""Sigmoid focal loss over tokens, with its gradient computed in the same pass.
+
+For a logit x with p = sigmoid(x), RetinaNet's focal loss (Lin et al., eq. 5) is
+
+    target 0:  background(x) = (1 - alpha) * p^gamma       * -log(1 - p)
+    target 1:  span(x)       = alpha       * (1 - p)^gamma * -log(p)
+
+All but a few of the millions of (query, token) pairs have target 0. So the loss is the sum of
+``background`` over everything, plus ``span - background`` at the few pairs with target 1: the
+dense part doesn't depend on the matching, needs no target tensor, and its gradient
+
+    d background / dx = (1 - alpha) * p^gamma * (gamma * (1 - p) * -log(1 - p) + p)
+
+comes out of the same numbers. Logits of -inf have p = 0: no loss, no gradient, no NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+#: Elements per block on the CPU: what one block needs stays in the cache between operations.
+CPU_BLOCK = 1 << 16
+
+
+def span_minus_background(logits: Tensor, alpha: float, gamma: float) -> Tensor:
+    """``span(x) - background(x)`` of the module's docstring, elementwise; 0 where x is -inf.
+
+    This is also DETR's class cost for focal losses (Deformable DETR, ``models/matcher.py``:
+    ``pos_cost_class - neg_cost_class``), with exact logarithms instead of ``log(p + 1e-8)``.
+    """
+    finite = logits > -torch.inf
+    x = torch.where(finite, logits, 0)
+    p, q = x.sigmoid(), (-x).sigmoid()  # not 1 - p, which cancels for confident spans
+    span = alpha * q**gamma * softplus(-x)  # softplus(-x) = -log(p), softplus(x) = -log(1 - p)
+    diff = span - (1 - alpha) * p**gamma * softplus(x)
+    return torch.where(finite, diff, 0)
+
+
+def span_grad(logits: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Derivative of ``span(x)`` of the module's docstring, elementwise; 0 where x is -inf."""
+    finite = logits > -torch.inf
+    x = torch.where(finite, logits, 0)
+    p, q = x.sigmoid(), (-x).sigmoid()
+    return torch.where(finite, -alpha * q**gamma * (gamma * p * softplus(-x) + q), 0)
+
+
+def background_focal(
+    logits: Tensor, mask: Tensor, alpha: float, gamma: float, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Focal loss with target 0 on every valid token, summed per query, and its gradient.
+
+    Args:
+        logits: [B, Q, C], C at least T; columns from T on are padding. Any float type.
+        mask: [B, T] bool, True for valid tokens.
+        alpha: Weight of target 1; target 0 has ``1 - alpha``.
+        gamma: Focusing exponent.
+        with_grad: Also compute the gradient.
+
+    Returns:
+        The sums [B, Q], and the derivative by ``logits`` [B, Q, C] (None without
+        ``with_grad``), both in float32 (float64 for float64 logits). Nothing is differentiable.
+    """
+    logits = logits.detach()
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    sums = logits.new_zeros(logits.shape[:2], dtype=dtype)
+    grad = torch.empty_like(logits, dtype=dtype) if with_grad else None
+    if logits.is_cuda:
+        num_tokens = mask.shape[1]
+        x = logits[..., :num_tokens].to(dtype).masked_fill(~mask[:, None], -torch.inf)
+        _background_block(x, alpha, gamma, sums, None if grad is None else grad[..., :num_tokens])
+        if grad is not None:
+            grad[..., num_tokens:] = 0
+        return sums, grad
+    for image, valid in enumerate(mask):
+        tokens = valid_prefix(valid)
+        holes = not bool(valid[:tokens].all())
+        rows = max(1, CPU_BLOCK // max(1, tokens))
+        for start in range(0, logits.shape[1], rows):
+            here = (image, slice(start, start + rows), slice(0, tokens))
+            x = logits[here].to(dtype)
+            if holes:
+                x = x.masked_fill(~valid[:tokens], -torch.inf)
+            _background_block(x, alpha, gamma, sums[here[:2]], None if grad is None else grad[here])
+        if grad is not None:
+            grad[image, :, tokens:] = 0
+    return sums, grad
+
+
+def _background_block(
+    x: Tensor, alpha: float, gamma: float, sums: Tensor, grad: Tensor | None
+) -> None:
+    """Write the sums over the last dimension and the gradient of one block in place."""
+    p = x.sigmoid()
+    background = softplus(x)
+    p_gamma = (p**gamma).mul_(1 - alpha)
+    torch.sum(p_gamma * background, dim=-1, out=sums)
+    if grad is not None:
+        torch.mul(p_gamma, background.mul_(1 - p).mul_(gamma).add_(p), out=grad)
+
+
+def valid_prefix(valid: Tensor) -> int:
+    """Number of columns up to the last True of a [T] mask. Waits for the device."""
+    indices = valid.nonzero()
+    return int(indices[-1]) + 1 if len(indices) else 0
+
+
+class KnownGradient(torch.autograd.Function):
+    """Values [S] whose gradients by S inputs are known: value s depends on input s alone."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, grads: Sequence[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.grads = list(grads)
+        ctx.dtypes = [tensor.dtype for tensor in inputs]
+        return values.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_values: Tensor):
+        scaled = [
+            grad.mul(factor).to(dtype) if needed else None
+            for grad, factor, dtype, needed in zip(
+                ctx.grads, grad_values, ctx.dtypes, ctx.needs_input_grad[2:]
+            )
+        ]
+        return (None, None, *scaled)
