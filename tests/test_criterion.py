@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from mmdet_gdino_lora.criterion import GroundingDINOCriterion, build_criterion
 from tests.objective import (
     Reference,
     assert_same,
@@ -12,8 +14,6 @@ from tests.objective import (
     leaves,
     to_double,
 )
-
-from mmdet_gdino_lora.criterion import GroundingDINOCriterion, build_criterion
 
 SETTINGS = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
