@@ -17,6 +17,7 @@ from mmdet.registry import MODELS
 from mmengine.runner.checkpoint import load_state_dict
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
 from mmdet_gdino_lora.errors import ConfigError
@@ -338,6 +339,20 @@ def test_building_needs_no_weights_and_loading_them_does(text_dir, tmp_path):
         encoder.init_weights()
     with pytest.raises(ConfigError, match='does not exist'):
         GroundingTextEncoder(str(tmp_path / 'bert'))
+
+
+def test_weights_of_another_model_are_refused(bert_dir, tmp_path):
+    folder = str(tmp_path / 'model')
+    shutil.copytree(bert_dir, folder)
+    state = load_file(f'{folder}/model.safetensors')
+    state = {key: value for key, value in state.items() if 'layer.1' not in key}
+    save_file(state, f'{folder}/model.safetensors', metadata=dict(format='pt'))
+    with pytest.raises(ConfigError, match='lack 16 of the parameters'):
+        GroundingTextEncoder(folder).init_weights()
+    state['embeddings.word_embeddings.weight'] = torch.zeros(3, 32)
+    save_file(state, f'{folder}/model.safetensors', metadata=dict(format='pt'))
+    with pytest.raises(ConfigError, match='size'):
+        GroundingTextEncoder(folder).init_weights()
 
 
 def test_another_kind_of_model_and_missing_sub_sentences_are_refused(text_dir, tmp_path):

@@ -221,5 +221,14 @@ def test_it_costs_little_beside_loading_an_image(minilm, num_classes):
     assert min(seconds() for _ in range(5)) < (1e-4 if num_classes == 80 else 1e-3)
 
 
+def test_padding_that_somebody_asked_of_the_tokenizer_stays_with_them(text_dir):
+    transform = build(text_dir)
+    tokenizer = transform.caption_tokenizer.tokenizer
+    tokenizer(['cat'], padding='max_length', max_length=9, truncation=True)
+    assert transform(dict(text=('cat', 'hot dog')))['caption_tokens'].num_tokens == 7
+    tokenizer(['cat'], padding='max_length', max_length=3, truncation=True)
+    assert transform(dict(text=('large dog', 'car')))['caption_tokens'].num_tokens == 7
+
+
 def test_it_is_exported_for_mmdet():
     assert TRANSFORMS.get('TokenSpans') is TokenSpans

@@ -11,7 +11,10 @@ from mmdet.registry import TRANSFORMS
 
 from ..errors import ConfigError
 from ..text.caption import SEPARATOR
-from ..text.tokens import SPECIAL_TOKENS, CaptionTokenizer, TokenizedCaption
+from ..text.tokens import SPECIAL_TOKENS, CaptionTokenizer, Memo, TokenizedCaption
+
+#: Sets of class names remembered. A run has a few; names given with each image may be many.
+_VOCABULARIES = 64
 
 
 @TRANSFORMS.register_module()
@@ -78,7 +81,7 @@ class TokenSpans(BaseTransform):
         self.tokenizer_name = tokenizer_name
         self.num_negatives = num_negatives
         self.caption_tokenizer = CaptionTokenizer(tokenizer_name, max_tokens, special_tokens)
-        self._vocabularies: dict[tuple, _Vocabulary] = {}
+        self._vocabularies = Memo(_VOCABULARIES)
 
     def transform(self, results: dict) -> dict:
         """Adds the caption's keys, see the class.
@@ -129,14 +132,16 @@ class TokenSpans(BaseTransform):
         if vocabulary is None:
             in_order = labels == tuple(range(len(names)))
             lengths = self.caption_tokenizer.lengths(names)
-            vocabulary = _Vocabulary(
-                names,
-                None if in_order else labels,
-                np.array(labels, dtype=np.int64),
-                {label: place for place, label in enumerate(labels)},
-                lengths,
+            vocabulary = self._vocabularies.add(
+                key,
+                _Vocabulary(
+                    names,
+                    None if in_order else labels,
+                    np.array(labels, dtype=np.int64),
+                    {label: place for place, label in enumerate(labels)},
+                    lengths,
+                ),
             )
-            self._vocabularies[key] = vocabulary
         return vocabulary
 
     def _sampled(self, vocabulary: _Vocabulary, gt_labels: Any) -> TokenizedCaption:

@@ -53,9 +53,10 @@ def collate(captions: Sequence[TokenizedCaption], pad_id: int, min_length: int =
     segment_ids = np.tile(np.arange(length, 2 * length), (len(captions), 1))
     segment, position_ids, valid = (np.zeros(shape, dtype=np.int64) for _ in range(3))
     index: dict[Segment, int] = {}
-    rows: dict[int, int] = {}
+    rows: dict[bytes, int] = {}
     for row, caption in enumerate(captions):
-        same = rows.setdefault(id(caption), row)
+        # loader workers send equal captions as different objects
+        same = rows.setdefault(caption.input_ids.tobytes(), row)
         size = caption.num_tokens
         valid[row, :size] = 1
         segment_ids[row, :size] = caption.segment_ids

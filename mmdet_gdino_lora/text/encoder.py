@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
+from transformers.utils import logging
 
 from ..errors import ConfigError
 from .batch import CaptionBatch, Segment, chunks, collate
@@ -109,12 +110,26 @@ class GroundingTextEncoder(BaseModel):
             super().init_weights()
             return
         body = self.language_backbone.body
-        pretrained = text_model(
-            self.name,
-            BertModel.from_pretrained,
-            config=body.model.config,
-            add_pooling_layer=body.model.pooler is not None,
-        )
+        verbosity = logging.get_verbosity()
+        # of the heads that a text model also comes with it would say at length that they are unused
+        logging.set_verbosity_error()
+        try:
+            pretrained, info = text_model(
+                self.name,
+                BertModel.from_pretrained,
+                config=body.model.config,
+                add_pooling_layer=body.model.pooler is not None,
+                output_loading_info=True,
+            )
+        finally:
+            logging.set_verbosity(verbosity)
+        missing = sorted(info['missing_keys'])
+        if missing:
+            raise ConfigError(
+                f'language_model.name={self.name!r}: the weights there lack {len(missing)} of the '
+                f"parameters that a BERT of its config.json has ({missing[0]!r}); give a BERT's "
+                'own folder'
+            )
         body.model.load_state_dict(pretrained.state_dict())
         self.clear_cache()
         self.is_init = True
@@ -203,8 +218,8 @@ class GroundingTextEncoder(BaseModel):
         self, segments: Sequence[Segment], device: torch.device
     ) -> tuple[Tensor, np.ndarray]:
         """Features of segments as rows [R, 1 or 2, C], and the row where each one begins."""
-        trainable = any(p.requires_grad for p in self.language_backbone.parameters())
-        if trainable:
+        parameters = list(self.language_backbone.parameters())
+        if any(parameter.requires_grad for parameter in parameters):
             self.clear_cache()
             return self._encode_segments(segments, device)
         if self.language_backbone.training:
@@ -213,12 +228,11 @@ class GroundingTextEncoder(BaseModel):
             if any(isinstance(m, BaseTunerLayer) for m in self.language_backbone.modules()):
                 self.clear_cache()
                 return self._encode_segments(segments, device)
-            return self._remembered_features(segments, device)
+            return self._remembered_features(segments, device, _version(parameters))
 
     def _remembered_features(
-        self, segments: Sequence[Segment], device: torch.device
+        self, segments: Sequence[Segment], device: torch.device, version: int
     ) -> tuple[Tensor, np.ndarray]:
-        version = _version(self.language_backbone)
         if version != self._cached_version:
             self.clear_cache()
             self._cached_version = version
@@ -329,9 +343,9 @@ def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def _version(module: nn.Module) -> int:
+def _version(parameters: Sequence[Tensor]) -> int:
     """A number that grows whenever a parameter is changed in place."""
-    return sum(0 if p.is_inference() else p._version for p in module.parameters())
+    return sum(0 if p.is_inference() else p._version for p in parameters)
 
 
 def _autocast_dtype(device: torch.device) -> Optional[torch.dtype]:

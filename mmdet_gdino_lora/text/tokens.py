@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import ConfigError
@@ -154,9 +155,13 @@ class CaptionTokenizer:
                 f'the tokenizer of {name!r} gives no character offsets, which token spans need; '
                 'use a fast tokenizer (a folder with tokenizer.json or vocab.txt)'
             )
+        # The tokenizer's core, in a copy: every call of transformers' leaves its padding and
+        # truncation behind there, and its batches warn in workers forked afterwards.
+        self._core = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        self._core.no_padding()
+        self._core.no_truncation()
         self._first, self._last = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
-        ends = self.tokenizer('', add_special_tokens=True)['input_ids']
-        if ends != [self._first, self._last]:
+        if self._core.encode('').ids != [self._first, self._last]:
             raise ConfigError(
                 f'the tokenizer of {name!r} does not put [CLS] and [SEP] around a caption; '
                 "Grounding DINO needs a BERT's tokenizer"
@@ -172,8 +177,8 @@ class CaptionTokenizer:
             raise ConfigError(
                 f"special_tokens={list(special_tokens)} lacks '.', which separates class names"
             )
-        self._pieces: _Memo = _Memo(_NAMES)
-        self._captions: _Memo = _Memo(_CAPTIONS)
+        self._pieces: Memo = Memo(_NAMES)
+        self._captions: Memo = Memo(_CAPTIONS)
 
     @property
     def room(self) -> int:
@@ -373,15 +378,8 @@ class CaptionTokenizer:
         return piece
 
     def _encode(self, text: str) -> tuple[list[int], list[CharSpan]]:
-        encoding = self.tokenizer(
-            text,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        return encoding['input_ids'], encoding['offset_mapping']
+        encoding = self._core.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def _too_long(self, names: Sequence[str], num_tokens: int, what: str) -> ConfigError:
         return ConfigError(
@@ -391,22 +389,34 @@ class CaptionTokenizer:
         )
 
 
-class _Memo(OrderedDict):
-    """The latest results, at most ``size`` of them."""
+class Memo(OrderedDict):
+    """The latest results, by what they were made of. Copied or pickled, it arrives empty.
+
+    Args:
+        size: Most results to keep; the oldest go first.
+    """
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self._size = size
 
     def add(self, key: Hashable, value: Any) -> Any:
+        """Keeps a result.
+
+        Args:
+            key: What it was made of.
+            value: The result.
+
+        Returns:
+            The result.
+        """
         if len(self) >= self._size:
             self.popitem(last=False)
         self[key] = value
         return value
 
     def __reduce__(self) -> tuple:
-        # workers start with nothing remembered
-        return _Memo, (self._size,)
+        return Memo, (self._size,)
 
 
 def segments(is_special: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
