@@ -16,6 +16,7 @@ from torch import nn
 
 from mmdet_gdino_lora.layers.decoder import FusedGroundingDinoDecoder
 from mmdet_gdino_lora.layers.encoder import FusedGroundingDinoEncoder
+from mmdet_gdino_lora.layers.fuse import fuse
 from mmdet_gdino_lora.layers.levels import host_shapes, level_tensors
 
 from .builders import SMALL_DECODER, SMALL_ENCODER
@@ -121,7 +122,7 @@ def test_encoder_equals_mmdet(padded, with_adapters):
     ours = build(FusedGroundingDinoEncoder, SMALL_ENCODER)
     assert list(stock.state_dict()) == list(ours.state_dict())
     if with_adapters:
-        stock, ours = adapted(stock), adapted(ours)
+        stock, ours = adapted(stock), fuse(adapted(ours))
     inputs = encoder_inputs(padded)
     assert_same(run(stock, inputs), run(ours, inputs))
 
@@ -132,7 +133,7 @@ def test_decoder_equals_mmdet(with_adapters):
     ours = build(FusedGroundingDinoDecoder, SMALL_DECODER)
     assert list(stock.state_dict()) == list(ours.state_dict())
     if with_adapters:
-        stock, ours = adapted(stock), adapted(ours)
+        stock, ours = adapted(stock), fuse(adapted(ours))
     inputs = decoder_inputs()
     assert_same(run(stock, inputs), run(ours, inputs))
 

@@ -1,30 +1,60 @@
-"""Gradient checkpointing that works with frozen layers."""
+"""Gradient checkpointing that works with frozen layers, and costs nothing where nothing trains."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from mmdet.models.backbones.swin import SwinBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def trains(module: nn.Module) -> bool:
-    """Whether a module has a parameter that gets a gradient."""
-    return any(parameter.requires_grad for parameter in module.parameters())
+def gradient_flows(module: nn.Module, *inputs: Any) -> bool:
+    """Whether a backward pass will go through ``module(*inputs)``."""
+    return torch.is_grad_enabled() and (
+        any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+        or any(parameter.requires_grad for parameter in module.parameters())
+    )
 
 
 def run_checkpointed(module: nn.Module, **inputs: Any) -> Any:
     """``module(**inputs)``; what it would keep for the backward pass is computed again there.
 
     Never re-entrant: re-entrant checkpointing stores no graph where the inputs need no gradient,
-    and parameters inside then get none, silently. Where no gradient can flow through the module at
-    all, it simply runs.
+    and parameters inside then get none, silently. Where no gradient flows through the module, it
+    simply runs.
     """
-    flows = torch.is_grad_enabled() and (
-        any(isinstance(value, Tensor) and value.requires_grad for value in inputs.values())
-        or trains(module)
-    )
-    if not flows:
+    if not gradient_flows(module, *inputs.values()):
         return module(**inputs)
     return checkpoint(module, use_reentrant=False, **inputs)
+
+
+class CheckpointedSwinBlock(SwinBlock):
+    """mmdet's Swin block, checkpointed as in `run_checkpointed`."""
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """As mmdet's.
+
+        Args:
+            x: [B, H * W, C].
+            hw_shape: (H, W).
+
+        Returns:
+            [B, H * W, C].
+        """
+        if not gradient_flows(self, x):
+            return super().forward(x, hw_shape)
+        return checkpoint(super().forward, x, hw_shape, use_reentrant=False)
+
+
+def mend_checkpointing(backbone: nn.Module) -> None:
+    """Exchange the re-entrant checkpointing (``with_cp=True``) of a Swin backbone's blocks.
+
+    Args:
+        backbone: any; what is not a checkpointing Swin block stays as it is.
+    """
+    for block in backbone.modules():
+        if type(block) is SwinBlock and block.with_cp:
+            block.with_cp = False
+            block.__class__ = CheckpointedSwinBlock

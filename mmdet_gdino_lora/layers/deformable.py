@@ -12,14 +12,15 @@ from mmcv.ops.multi_scale_deform_attn import (
 from torch import Tensor
 
 from mmdet_gdino_lora.layers.levels import host_shapes
-from mmdet_gdino_lora.layers.linear import forward_linear
+from mmdet_gdino_lora.layers.sampling import sample_levels
 
 
 class FusedDeformableAttention(MultiScaleDeformableAttention):
     """mmcv's ``MultiScaleDeformableAttention``; same parameters, names and results.
 
     mmcv compares the number of positions with the levels' sizes on the device, which makes the
-    host wait for it in every layer. Here the sizes are known to the host.
+    host wait for it in every layer. Here the sizes are known to the host. On CUDA the sampling is
+    mmcv's kernel; on the CPU see `layers.sampling`.
     """
 
     def forward(
@@ -64,13 +65,13 @@ class FusedDeformableAttention(MultiScaleDeformableAttention):
         if sum(height * width for height, width in shapes) != num_values:
             raise ValueError(f'{num_values} positions do not fill levels of sizes {shapes}')
 
-        value = forward_linear(self.value_proj, value)
+        value = self.value_proj(value)
         if key_padding_mask is not None:
             value = value.masked_fill(key_padding_mask[..., None], 0.0)
         value = value.view(batch, num_values, self.num_heads, -1)
         grid = (batch, num_queries, self.num_heads, self.num_levels, self.num_points)
-        offsets = forward_linear(self.sampling_offsets, query).view(*grid, 2)
-        weights = forward_linear(self.attention_weights, query).view(*grid[:3], -1)
+        offsets = self.sampling_offsets(query).view(*grid, 2)
+        weights = self.attention_weights(query).view(*grid[:3], -1)
         weights = weights.softmax(-1).view(grid)
         if reference_points.shape[-1] == 2:
             scale = 1 / spatial_shapes.flip(-1)[:, None]
@@ -79,13 +80,18 @@ class FusedDeformableAttention(MultiScaleDeformableAttention):
             centres, sizes = reference_points[:, :, None, :, None].split(2, dim=-1)
             locations = centres + offsets * (sizes * (0.5 / self.num_points))
 
-        if value.is_cuda and _has_cuda_ops():
+        if value.device.type == 'cpu':
+            out = sample_levels(value, shapes, locations, weights)
+        elif value.is_cuda and _has_cuda_ops():
             out = MultiScaleDeformableAttnFunction.apply(
                 value, spatial_shapes, level_start_index, locations, weights, self.im2col_step
             )
         else:
-            out = multi_scale_deformable_attn_pytorch(value, shapes, locations, weights)
-        out = forward_linear(self.output_proj, out)
+            sample = (
+                sample_levels if value.device.type == 'cpu' else multi_scale_deformable_attn_pytorch
+            )
+            out = sample(value, shapes, locations, weights)
+        out = self.output_proj(out)
         if not self.batch_first:
             out = out.transpose(0, 1)
         return self.dropout(out) + identity

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from mmcv.cnn.bricks.transformer import FFN, MultiheadAttention
+from mmcv.cnn.bricks.transformer import MultiheadAttention
 from mmcv.ops import MultiScaleDeformableAttention
+from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import MultiheadAttention as LoraMultiheadAttention
 from torch import nn
 
 from mmdet_gdino_lora.layers.attention import FusedMultiheadAttention, StableLoraAttention
 from mmdet_gdino_lora.layers.deformable import FusedDeformableAttention
-from mmdet_gdino_lora.layers.ffn import FusedFFN
+from mmdet_gdino_lora.layers.fusion import FusedBiAttention
+from mmdet_gdino_lora.layers.linear import FoldedLoraLinear
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
     MultiheadAttention: FusedMultiheadAttention,
     MultiScaleDeformableAttention: FusedDeformableAttention,
-    FFN: FusedFFN,
+    BiMultiHeadAttention: FusedBiAttention,
+    LoraLinear: FoldedLoraLinear,
     LoraMultiheadAttention: StableLoraAttention,
 }
 
@@ -28,7 +32,8 @@ def fuse(module: ModuleT) -> ModuleT:
 
     The layers stay the same objects with the same parameters and hooks, of a subclass that adds
     no state: names, initial weights and random numbers are exactly mmdet's. Layers of other types,
-    subclasses of the known ones included, are left as they are.
+    subclasses of the known ones included, are left as they are. Adapters put in later work; fuse
+    again and they are folded, too.
 
     Args:
         module: built from mmdet's or mmcv's classes; with or without adapters.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -111,18 +111,27 @@ def adapted_linear(
     return out
 
 
-def forward_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``, faster where the layer is PEFT's plain ``lora.Linear`` over ``nn.Linear``."""
-    if (
-        type(layer) is not LoraLinear
-        or not is_plain_lora(layer)
-        or not isinstance(layer.base_layer, nn.Linear)
-        or layer.base_layer._forward_hooks
-        or layer._forward_hooks
-    ):
-        return layer(x)
-    adapters = active_adapters(layer)
-    return adapted_linear(x, layer.base_layer.weight, layer.base_layer.bias, adapters)
+class FoldedLoraLinear(LoraLinear):
+    """PEFT's ``lora.Linear``; a plain adapter on a plain layer is folded, see `adapted_linear`.
+
+    Everything else (DoRA and other variants, mixed batches, adapters with bias) is PEFT's.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer with its active adapters.
+
+        Args:
+            x: [..., in_features].
+            *args: PEFT's.
+            **kwargs: PEFT's.
+
+        Returns:
+            [..., out_features].
+        """
+        base = self.base_layer
+        if args or kwargs or not isinstance(base, nn.Linear) or not is_plain_lora(self):
+            return super().forward(x, *args, **kwargs)
+        return adapted_linear(x, base.weight, base.bias, active_adapters(self))
 
 
 class _FoldedLinear(torch.autograd.Function):
@@ -145,13 +154,12 @@ class _FoldedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, a, b)
         ctx.scaling = scaling
         folded = torch.addmm(weight, b, a, alpha=scaling)
-        # Not F.linear: its result would be a view, which no activation may overwrite in place.
+        if bias is None or not x.is_contiguous():
+            return F.linear(x, folded, bias)
+        # What F.linear does here, to the bit; but its result would be a view, which no activation
+        # may overwrite in place.
         out = x.new_empty(*x.shape[:-1], len(weight))
-        rows, results = x.reshape(-1, x.shape[-1]), out.view(-1, len(weight))
-        if bias is None:
-            torch.mm(rows, folded.t(), out=results)
-        else:
-            torch.addmm(bias, rows, folded.t(), out=results)
+        torch.addmm(bias, x.view(-1, x.shape[-1]), folded.t(), out=out.view(-1, len(weight)))
         return out
 
     @staticmethod

@@ -1,0 +1,89 @@
+"""Token logits: the similarity of queries and caption tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from mmdet.models.dense_heads.grounding_dino_head import ContrastiveEmbed
+from torch import Tensor, nn
+
+from mmdet_gdino_lora.errors import ConfigError
+
+CHUNK = 4096
+"""Positions whose logits exist at a time while proposals are scored."""
+
+
+class TokenLogits(ContrastiveEmbed):
+    """mmdet's ``ContrastiveEmbed`` for the caption's tokens alone.
+
+    Same arguments, parameters and names. mmdet returns ``max_text_len`` (256) columns, -inf from
+    the caption's end on; here there are T, the tokens of the longest caption in the batch, with
+    -inf only where a shorter caption ends.
+    """
+
+    def forward(self, visual_feat: Tensor, text_feat: Tensor, text_token_mask: Tensor) -> Tensor:
+        """Logits of every query for every token.
+
+        Args:
+            visual_feat: [B, Q, C].
+            text_feat: [B, T, C].
+            text_token_mask: bool [B, T], False: padding.
+
+        Returns:
+            [B, Q, T], -inf at padding.
+
+        Raises:
+            ConfigError: If the caption has more tokens than ``max_text_len``.
+        """
+        logits = self._logits(visual_feat, text_feat)
+        return logits.masked_fill(~text_token_mask[:, None], float('-inf'))
+
+    @torch.no_grad()
+    def best(self, visual_feat: Tensor, text_feat: Tensor, text_token_mask: Tensor) -> Tensor:
+        """The largest token logit of every position, which ranks the encoder's proposals.
+
+        Args:
+            visual_feat: [B, S, C].
+            text_feat: [B, T, C].
+            text_token_mask: bool [B, T].
+
+        Returns:
+            [B, S], without gradient.
+        """
+        padding = ~text_token_mask[:, None]
+        scores = [
+            self._logits(chunk, text_feat).masked_fill_(padding, float('-inf')).amax(-1)
+            for chunk in visual_feat.split(CHUNK, dim=1)
+        ]
+        return torch.cat(scores, dim=1)
+
+    def _logits(self, visual_feat: Tensor, text_feat: Tensor) -> Tensor:
+        """[B, Q, T], padding included."""
+        if text_feat.shape[1] > self.max_text_len:
+            raise ConfigError(
+                f'the caption has {text_feat.shape[1]} tokens, more than max_text_len='
+                f'{self.max_text_len} in bbox_head.contrastive_cfg: shorten the class names, use '
+                'fewer of them, or let TokenSpans sample negatives'
+            )
+        logits = visual_feat @ text_feat.transpose(-1, -2)
+        if isinstance(self.log_scale, nn.Parameter):
+            logits = logits * self.log_scale.exp()
+        elif self.log_scale == 'auto':
+            logits = logits / math.sqrt(visual_feat.shape[-1])
+        if self.bias is not None:
+            logits = logits + self.bias
+        return logits
+
+
+def narrow_logits(head: nn.Module) -> None:
+    """Let a built head give token logits for T columns.
+
+    Its detector's query selection must not expect ``max_text_len`` columns, as stock mmdet's does.
+
+    Args:
+        head: with ``cls_branches`` of mmdet's ``ContrastiveEmbed``.
+    """
+    for branch in head.cls_branches:
+        if type(branch) is ContrastiveEmbed:
+            branch.__class__ = TokenLogits

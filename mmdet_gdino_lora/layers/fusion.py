@@ -1,0 +1,66 @@
+"""Attention between image and text in both directions, without attention weights."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention
+from torch import Tensor
+
+
+class FusedBiAttention(BiMultiHeadAttention):
+    """mmdet's ``BiMultiHeadAttention`` on ``scaled_dot_product_attention``.
+
+    Same arguments, parameters, names and results. mmdet keeps some eight tensors of
+    [B * heads, positions, tokens] for the backward pass; here the logits are computed once per
+    direction, block by block, and nothing of that size is kept.
+
+    mmdet clamps the logits to +-50000, half precision's range; the kernels hold them in float32,
+    and a logit beyond that bound is the only case in which the results differ.
+    """
+
+    def forward(
+        self,
+        vision: Tensor,
+        lang: Tensor,
+        attention_mask_v: Tensor | None = None,
+        attention_mask_l: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Let the image look at the text, and the text at the image.
+
+        Args:
+            vision: [B, S, v_dim].
+            lang: [B, T, l_dim].
+            attention_mask_v: bool [B, S], True: padding, which the text doesn't see.
+            attention_mask_l: bool [B, T], True: padding. The image sees it all the same: mmdet
+                fills a bool mask with -9e15, which makes it True everywhere, and adds the resulting
+                1 to every logit. The published weights were trained like that.
+
+        Returns:
+            What to add to the image [B, S, v_dim] and to the text [B, T, l_dim].
+        """
+        if attention_mask_l is not None and attention_mask_l.dtype != torch.bool:
+            return super().forward(vision, lang, attention_mask_v, attention_mask_l)
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+        def merged(x: Tensor) -> Tensor:
+            return x.transpose(1, 2).flatten(2)
+
+        image = heads(self.v_proj(vision))
+        text = heads(self.l_proj(lang))
+        image_values = heads(self.values_v_proj(vision))
+        text_values = heads(self.values_l_proj(lang))
+        seen = None if attention_mask_v is None else ~attention_mask_v[:, None, None]
+        dropout = self.dropout if self.training else 0.0
+
+        # The kernels' default scale is mmdet's, 1 / sqrt(head_dim).
+        to_image = F.scaled_dot_product_attention(image, text, text_values, dropout_p=dropout)
+        to_text = F.scaled_dot_product_attention(
+            text, image, image_values, attn_mask=seen, dropout_p=dropout
+        )
+        return (
+            self.out_v_proj(merged(to_image)),
+            self.out_l_proj(merged(to_text)),
+        )
