@@ -19,6 +19,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor
 
 from .engine.runner_config import annotations_follow_resize, runner_config
+from .errors import ConfigError
 from .layers.decoder import FusedGroundingDinoDecoder
 from .layers.denoising import DenoisingQueryGenerator
 from .layers.encoder import FusedGroundingDinoEncoder
@@ -97,7 +98,7 @@ class LoRAGroundingDINO(GroundingDINO):
         self.encoder = FusedGroundingDinoEncoder(**encoder)
         self.decoder = FusedGroundingDinoDecoder(**decoder)
 
-    # --------------------------------------------------------------------------- weights and modes
+    # ---------------------------------------------------------------------------- weights and modes
 
     def init_weights(self) -> None:
         """Random and pretrained initialisation, where no base has brought the weights.
@@ -160,7 +161,7 @@ class LoRAGroundingDINO(GroundingDINO):
             return tokenizer.from_text(sample.text, sample.tokens_positive)
         names = sample.text
         if isinstance(names, str):
-            names = [name.strip() for name in names.split('. ') if name.strip(' .')]
+            names = [name for name in (part.strip(' .') for part in names.split('. ')) if name]
         return tokenizer.from_names(names)
 
     def encode_text(self, captions: Sequence[TokenizedCaption]) -> dict[str, Tensor]:
@@ -201,10 +202,16 @@ class LoRAGroundingDINO(GroundingDINO):
             if len(self._class_tokens) > 64:
                 self._class_tokens.clear()
             table = torch.from_numpy(caption.class_map(num_tokens))
+            if self.dn_query_generator is not None and len(table) > self.bbox_head.num_classes:
+                raise ConfigError(
+                    f'model.bbox_head.num_classes={self.bbox_head.num_classes} is less than the '
+                    f'{len(table)} classes of the data, and denoising needs a label for each; '
+                    f'set it to {len(table)} or more.'
+                )
             self._class_tokens[key] = table.to(device, non_blocking=True)
         return self._class_tokens[key]
 
-    # ------------------------------------------------------------------------------------ transformer
+    # ---------------------------------------------------------------------------------- transformer
 
     def pre_decoder(
         self,
@@ -299,20 +306,11 @@ class LoRAGroundingDINO(GroundingDINO):
             The head's components under the criterion's names.
         """
         captions = self.captions(batch_data_samples)
-        head_inputs = self._forward_captions(batch_inputs, batch_data_samples, captions)
-        return self.bbox_head.loss(**head_inputs, batch_data_samples=batch_data_samples)
-
-    def _forward_captions(
-        self,
-        batch_inputs: Tensor,
-        batch_data_samples: SampleList,
-        captions: Sequence[TokenizedCaption],
-    ) -> dict[str, Any]:
         text_dict = self.encode_text(captions)
-        if all('gt_instances' in sample for sample in batch_data_samples):
-            self._attach_targets(batch_data_samples, captions, text_dict['text_token_mask'])
+        self._attach_targets(batch_data_samples, captions, text_dict['text_token_mask'])
         features = self.extract_feat(batch_inputs)
-        return self.forward_transformer(features, text_dict, batch_data_samples)
+        head_inputs = self.forward_transformer(features, text_dict, batch_data_samples)
+        return self.bbox_head.loss(**head_inputs, batch_data_samples=batch_data_samples)
 
     def predict(
         self, batch_inputs: Tensor, batch_data_samples: SampleList, rescale: bool = True
@@ -331,13 +329,22 @@ class LoRAGroundingDINO(GroundingDINO):
         """
         if self.test_cfg.get('chunked_size', -1) > 0 or any(map(_is_free_text, batch_data_samples)):
             return super().predict(batch_inputs, batch_data_samples, rescale)
-        return self._predict_captions(batch_inputs, batch_data_samples, rescale)[0]
+        captions = self.captions(batch_data_samples)
+        self._predict_captions(batch_inputs, batch_data_samples, captions, rescale)
+        return batch_data_samples
 
     def _predict_captions(
-        self, batch_inputs: Tensor, batch_data_samples: SampleList, rescale: bool = True
-    ) -> tuple[SampleList, dict[str, Any]]:
-        captions = self.captions(batch_data_samples)
-        head_inputs = self._forward_captions(batch_inputs, batch_data_samples, captions)
+        self,
+        batch_inputs: Tensor,
+        batch_data_samples: SampleList,
+        captions: Sequence[TokenizedCaption],
+        rescale: bool = True,
+    ) -> dict[str, Any]:
+        """Adds ``pred_instances`` to the samples and returns the head's inputs."""
+        features = self.extract_feat(batch_inputs)
+        head_inputs = self.forward_transformer(
+            features, self.encode_text(captions), batch_data_samples
+        )
         for sample, caption in zip(batch_data_samples, captions):
             sample.token_positive_map = {
                 label + 1: list(tokens) for label, tokens in enumerate(caption.token_spans)
@@ -349,7 +356,7 @@ class LoRAGroundingDINO(GroundingDINO):
             names = caption.names
             instances.label_names = [names[label] for label in instances.labels.tolist()]
             sample.pred_instances = instances
-        return batch_data_samples, head_inputs
+        return head_inputs
 
     def val_step(self, data: Union[dict, tuple, list]) -> list:
         """Detections of a batch and, behind them, its losses for mmengine's ``ValLoop`` to log.
@@ -365,13 +372,14 @@ class LoRAGroundingDINO(GroundingDINO):
         inputs, samples = data['inputs'], data['data_samples']
         if any(map(_is_free_text, samples)) or self.test_cfg.get('chunked_size', -1) > 0:
             return self.predict(inputs, samples)
-        results, head_inputs = self._predict_captions(inputs, samples)
+        captions = self.captions(samples)
+        head_inputs = self._predict_captions(inputs, samples, captions)
         if not all('gt_instances' in sample for sample in samples):
-            return results
-        losses = self.bbox_head.loss(
-            **head_inputs, batch_data_samples=self._with_resized_boxes(samples)
-        )
-        return [*results, BaseDataElement(loss=losses)]
+            return samples
+        resized = self._with_resized_boxes(samples)
+        self._attach_targets(resized, captions, head_inputs['text_token_mask'])
+        losses = self.bbox_head.loss(**head_inputs, batch_data_samples=resized)
+        return [*samples, BaseDataElement(loss=losses)]
 
     def _with_resized_boxes(self, samples: SampleList) -> SampleList:
         """Ground truth in the resized image's pixels, wherever the pipeline loaded it.

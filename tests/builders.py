@@ -13,7 +13,15 @@ from mmdet.structures import DetDataSample
 from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 
-WORDS = ['red', 'blue', 'green', 'dog', 'hot', 'cat', 'star', 'circle', 'square', 'bird', 'small', 'large', 'person', 'car']
+WORDS = ['red', 'blue', 'green', 'dog', 'hot', 'cat', 'star'] + [
+    'circle',
+    'square',
+    'bird',
+    'small',
+    'large',
+    'person',
+    'car',
+]
 SMALL_ENCODER = dict(
     num_layers=2,
     num_cp=0,
@@ -110,6 +118,7 @@ def stock_cfg(text_dir: str, **overrides: Any) -> ConfigDict:
             use_sub_sentence_represent=True,
             special_tokens_list=['[CLS]', '[SEP]', '.', '?'],
             add_pooling_layer=False,
+            init_cfg=dict(type='Normal', layer=['Linear', 'Embedding'], std=0.5),
         ),
         backbone=dict(
             type='SwinTransformer',
@@ -117,7 +126,7 @@ def stock_cfg(text_dir: str, **overrides: Any) -> ConfigDict:
             depths=[1, 1, 2, 1],
             num_heads=[1, 2, 3, 4],
             window_size=7,
-            drop_path_rate=0.2,
+            drop_path_rate=0.0,
             patch_norm=True,
             out_indices=(1, 2, 3),
             with_cp=False,
@@ -180,10 +189,7 @@ def detector_cfg(text_dir: str, **overrides: Any) -> ConfigDict:
     """
     cfg = stock_cfg(text_dir)
     cfg.update(type='LoRAGroundingDINO', lora=dict(preset='decoder', r=4))
-    cfg['language_model'].update(
-        type='GroundingTextEncoder',
-        init_cfg=dict(type='Normal', layer=['Linear', 'Embedding'], std=0.5),
-    )
+    cfg['language_model']['type'] = 'GroundingTextEncoder'
     cfg['bbox_head'] = dict(
         type='GroundingDINOCriterionHead',
         num_classes=len(WORDS),

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ..engine.safe_load import allow_mmengine_checkpoints
 from ..errors import ConfigError
-from .inject import LABEL_EMBEDDING
 from .state import Base, lora_state
+from .tensors import LABEL_EMBEDDING, plain_tensors
 
 # Buffers that files may have or lack: counters, and index tables that every constructor makes anew.
 _OPTIONAL_ENDINGS = ('num_batches_tracked', 'position_ids', 'relative_position_index')
@@ -69,37 +69,15 @@ def fit_base(detector: nn.Module, weights: Mapping[str, Tensor], source: str) ->
         for name in (LABEL_EMBEDDING,)
         if name in own and (name not in weights or weights[name].shape != own[name].shape)
     ]
-    weights = {name: w for name, w in weights.items() if name not in absent}
+    unused = [*absent, *(() if LABEL_EMBEDDING in own else (LABEL_EMBEDDING,))]
+    weights = {name: w for name, w in weights.items() if name not in unused}
     _check_names(own, weights, absent, source)
     with torch.no_grad():
         for name, weight in weights.items():
             if name in own:
                 own[name].copy_(weight)
-    return Base(source, fingerprint(own, absent), frozenset(absent))
-
-
-def plain_tensors(detector: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers under the names that they have without adapters.
-
-    Args:
-        detector: The detector, injected or not.
-
-    Returns:
-        The detector's own tensors, not copies; adapters are left out.
-    """
-    tensors: dict[str, Tensor] = {}
-    for prefix, module in detector.named_modules(remove_duplicate=False):
-        own = {**module._parameters}
-        own.update(
-            (key, buffer)
-            for key, buffer in module._buffers.items()
-            if key not in module._non_persistent_buffers_set
-        )
-        for key, tensor in own.items():
-            name = f'{prefix}.{key}' if prefix else key
-            if tensor is not None and '.lora_' not in name:
-                tensors[name.replace('.base_layer.', '.')] = tensor.detach()
-    return tensors
+    path = os.path.abspath(source) if os.path.exists(source) else ''
+    return Base(source, fingerprint(own, absent), frozenset(absent), path)
 
 
 def _check_names(

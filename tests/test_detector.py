@@ -1,0 +1,191 @@
+"""The detector against stock mmdet, its losses, its gradients, and what it says of bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import ConfigDict
+from torch import Tensor, nn
+
+from mmdet_gdino_lora import LoRAGroundingDINO
+from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.lora import PRESETS
+from tests.builders import WORDS, data_samples, detector_cfg, stock_cfg
+
+NAMES = ['hot dog', 'dog', 'red_circle', 'small bird (left)', 'car', 'green star']
+IMAGES = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+
+
+def build(cfg: ConfigDict) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS.build(cfg)
+
+
+@pytest.fixture(scope='module')
+def base(text_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A base checkpoint with weights far enough from their initial values to tell models apart."""
+    detector = build(detector_cfg(text_dir, lora=None))
+    detector.init_weights()
+    with torch.no_grad():
+        for name, parameter in detector.named_parameters():
+            if 'language_model' not in name:
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+    path = str(tmp_path_factory.mktemp('base') / 'base.pth')
+    torch.save(dict(state_dict=detector.state_dict()), path)
+    return path
+
+
+def stock_with_our_text_encoder(text_dir: str, base: str) -> nn.Module:
+    """mmdet's own detector; its text encoder alone is exchanged, since it doesn't start."""
+    cfg = stock_cfg(text_dir)
+    cfg.language_model.type = 'GroundingTextEncoder'
+    detector = build(cfg)
+    state = torch.load(base, weights_only=True)['state_dict']
+    missing, unexpected = detector.load_state_dict(state, strict=False)
+    assert not missing and not unexpected
+    return detector.eval()
+
+
+def samples(boxes: tuple[int, ...] = (3, 1), **kwargs) -> list:
+    result = data_samples(NAMES, boxes, **kwargs)
+    for sample in result:
+        sample.set_metainfo(dict(img_shape=(64, 96), batch_input_shape=(64, 96)))
+    return result
+
+
+@torch.no_grad()
+def detections(detector: nn.Module) -> Iterator[Tensor]:
+    for sample in detector.eval().predict(IMAGES, samples()):
+        instances = sample.pred_instances
+        yield torch.cat(
+            [instances.bboxes, instances.scores[:, None], instances.labels[:, None]], dim=1
+        )
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_fresh_adapters_change_nothing(text_dir: str, base: str, preset: str) -> None:
+    stock = stock_with_our_text_encoder(text_dir, base)
+    plain = build(detector_cfg(text_dir, lora=None, base_checkpoint=base))
+    adapted = build(detector_cfg(text_dir, lora=dict(preset=preset, r=4), base_checkpoint=base))
+    adapted.init_weights()
+    for stock_result, plain_result, result in zip(
+        detections(stock), detections(plain), detections(adapted)
+    ):
+        assert torch.equal(plain_result, result)
+        torch.testing.assert_close(stock_result, result, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_every_trainable_parameter_gets_a_gradient_within_two_steps(
+    text_dir: str, base: str, preset: str
+) -> None:
+    detector = build(detector_cfg(text_dir, lora=dict(preset=preset, r=4), base_checkpoint=base))
+    detector.train()
+    trained = {name: p for name, p in detector.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.01)
+    reached = set()
+    for _ in range(2):
+        optimizer.zero_grad()
+        sum(detector.loss(IMAGES, samples()).values()).backward()
+        reached |= {name for name, p in trained.items() if p.grad is not None and p.grad.any()}
+        optimizer.step()
+    assert sorted(set(trained) - reached) == []
+    frozen = [p for name, p in detector.named_parameters() if name not in trained]
+    assert all(p.grad is None for p in frozen)
+
+
+def test_losses_carry_the_21_names_of_six_decoder_layers_and_the_denoising_ones(
+    text_dir: str,
+) -> None:
+    cfg = detector_cfg(text_dir)
+    cfg.decoder.num_layers = 6
+    detector = build(cfg).train()
+    losses = detector.loss(IMAGES, samples())
+    suffixes = ['', *(f'_{layer}' for layer in range(5))]
+    expected = [f'loss_{part}{s}' for part in ('ce', 'bbox', 'giou') for s in [*suffixes, '_enc']]
+    assert len(expected) == 21
+    denoising = [f'loss_{part}_dn{s}' for part in ('ce', 'bbox', 'giou') for s in suffixes]
+    assert sorted(losses) == sorted(expected + denoising)
+
+
+def test_the_loss_is_finite_and_reaches_every_parameter_without_any_box(
+    text_dir: str, base: str
+) -> None:
+    detector = build(detector_cfg(text_dir, base_checkpoint=base)).train()
+    losses = detector.loss(IMAGES, samples((0, 0)))
+    assert all(torch.isfinite(value) for value in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in detector.parameters() if p.requires_grad)
+
+
+def test_denoising_can_be_switched_off(text_dir: str) -> None:
+    detector = build(detector_cfg(text_dir, dn_cfg=None)).train()
+    losses = detector.loss(IMAGES, samples())
+    assert not [name for name in losses if '_dn' in name] and 'loss_ce_enc' in losses
+
+
+def test_captions_from_the_loader_and_from_class_names_give_the_same_losses(
+    text_dir: str, base: str
+) -> None:
+    detector = build(detector_cfg(text_dir, base_checkpoint=base, dn_cfg=None)).train()
+    prepared = samples()
+    for sample in prepared:
+        caption = detector.language_model.caption_tokenizer.from_names(NAMES)
+        sample.set_metainfo(dict(text=caption.text, caption_tokens=caption))
+    for name, value in detector.loss(IMAGES, samples()).items():
+        assert torch.equal(value, detector.loss(IMAGES, prepared)[name])
+
+
+def test_a_stock_config_needs_only_the_detectors_name(text_dir: str) -> None:
+    cfg = stock_cfg(text_dir, lora=dict(preset='decoder', r=4))
+    cfg.type = 'LoRAGroundingDINO'
+    detector = build(cfg).train()
+    detector.init_weights()
+    assert isinstance(detector, LoRAGroundingDINO)
+    assert 'loss_giou_enc' in detector.loss(IMAGES, samples())
+
+
+def test_frozen_parts_stay_in_eval_mode_and_trained_parts_do_not(text_dir: str) -> None:
+    detector = build(detector_cfg(text_dir)).train()
+    assert not any(module.training for module in detector.backbone.modules())
+    assert not any(module.training for module in detector.language_model.modules())
+    assert detector.training and detector.decoder.training
+    assert not any(module.training for module in detector.eval().modules())
+
+
+def test_validation_steps_return_predictions_and_then_the_losses(text_dir: str) -> None:
+    detector = build(detector_cfg(text_dir)).eval()
+    *predictions, last = detector.val_step(dict(inputs=list(IMAGES), data_samples=samples()))
+    assert len(predictions) == 2 and 'pred_instances' in predictions[0]
+    assert sorted(last.loss) == sorted(
+        f'loss_{part}{suffix}'
+        for part in ('ce', 'bbox', 'giou')
+        for suffix in ('', '_0', '_1', '_enc')
+    )
+
+
+def test_free_class_names_in_a_sentence_are_detected_by_name(text_dir: str) -> None:
+    detector = build(detector_cfg(text_dir)).eval()
+    prompted = samples()
+    for sample in prompted:
+        sample.set_metainfo(dict(text='hot dog . car .', custom_entities=True))
+    with torch.no_grad():
+        instances = detector.predict(IMAGES, prompted)[0].pred_instances
+    assert set(instances.label_names) <= {'hot dog', 'car'}
+
+
+def test_captions_past_the_limit_name_the_classes(text_dir: str) -> None:
+    detector = build(detector_cfg(text_dir)).train()
+    names = [f'{a} {b} {c}' for a in WORDS for b in WORDS[:7] for c in WORDS[:2]]
+    with pytest.raises(ConfigError, match="'hot dog blue'"):
+        detector.loss(IMAGES, data_samples(names, (1, 1)))
+
+
+def test_more_classes_than_denoising_labels_is_told(text_dir: str) -> None:
+    cfg = detector_cfg(text_dir)
+    cfg.bbox_head.num_classes = 2
+    with pytest.raises(ConfigError, match='bbox_head.num_classes'):
+        build(cfg).train().loss(IMAGES, samples())
