@@ -23,7 +23,6 @@ model = dict(
 )
 
 train_dataloader = dict(
-    batch_size=8,
     dataset=dict(
         metainfo=metainfo,
         ann_file='annotations/new_train.json',
@@ -51,4 +50,3 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]  # fmt: skip
-auto_scale_lr = dict(base_batch_size=8)

@@ -104,7 +104,7 @@ model = dict(
     dn_cfg=dict(
         label_noise_scale=0.5,
         box_noise_scale=1.0,
-        group_cfg=dict(dynamic=True, num_groups=None, num_dn_queries=24),
+        group_cfg=dict(dynamic=True, num_groups=None, num_dn_queries=16),
     ),
     train_cfg=dict(
         assigner=dict(
@@ -139,7 +139,7 @@ train_pipeline = [*load, dict(type='RandomFlip', prob=0.5), *pack]
 test_pipeline = [*load, *pack]
 
 train_dataloader = dict(
-    batch_size=16,
+    batch_size=8,
     num_workers=1,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
@@ -178,7 +178,7 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=10, val_interval=2)
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=4, val_interval=1)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
@@ -189,11 +189,11 @@ optim_wrapper = dict(
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=60),
     dict(
-        type='CosineAnnealingLR', by_epoch=True, begin=0, end=10, eta_min_ratio=0.02,
+        type='CosineAnnealingLR', by_epoch=True, begin=0, end=4, eta_min_ratio=0.02,
         convert_to_iter_based=True,
     ),
 ]  # fmt: skip
-auto_scale_lr = dict(enable=False, base_batch_size=16)
+auto_scale_lr = dict(enable=False, base_batch_size=8)
 
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=10),

@@ -1,0 +1,244 @@
+"""Looks at a run's config before anything is built: are its files there, do class names match?
+
+mmdet would find a missing file minutes into the run, behind the model, and would never tell that
+the class names of the config aren't those of the annotations: it drops boxes of unknown names,
+and numbers the rest in the file's order, whatever the order in the config, in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmdet.datasets import CocoDataset
+from mmdet.registry import DATASETS, HOOKS
+from mmengine.hooks import Hook
+
+from ..errors import ConfigError
+
+
+def check_config(cfg: Mapping[str, Any], stages: Sequence[str] = ('train', 'val')) -> None:
+    """Checks a run's config.
+
+    Args:
+        cfg: The runner's config.
+        stages: The loops that will run: some of ``'train'``, ``'val'`` and ``'test'``.
+
+    Raises:
+        ConfigError: one sentence with the config key, the value found there and the remedy.
+    """
+    if cfg.get('load_from'):
+        _need_file('load_from' if not cfg.get('resume') else '--resume', cfg['load_from'])
+    for stage in stages:
+        for key, dataset in _datasets(f'{stage}_dataloader', cfg.get(f'{stage}_dataloader')):
+            check_dataset(key, dataset)
+        for key, metric in _metrics(f'{stage}_evaluator', cfg.get(f'{stage}_evaluator')):
+            if metric.get('ann_file'):
+                _need_file(f'{key}.ann_file', metric['ann_file'])
+
+
+def check_dataset(key: str, dataset: Mapping[str, Any]) -> None:
+    """Checks that a data set's files are there and hold the classes that the config names.
+
+    Args:
+        key: Where it stands in the config, such as ``train_dataloader.dataset``.
+        dataset: Its config.
+
+    Raises:
+        ConfigError: See :func:`check_config`.
+    """
+    root = dataset.get('data_root') or ''
+    if root and not _is_remote(root) and not os.path.isdir(root):
+        raise ConfigError(
+            f'{key}.data_root={root!r}: no such folder{_seen_from(root)}; set data_root to the '
+            f'folder that holds {dataset.get("ann_file") or "the annotations"}'
+        )
+    for name in ('ann_file', 'label_map_file'):
+        if dataset.get(name):
+            _need_file(f'{key}.{name}', dataset[name], root)
+    for name, folder in (dataset.get('data_prefix') or {}).items():
+        path = os.path.join(root, folder)
+        if isinstance(folder, str) and not _is_remote(path) and not os.path.isdir(path):
+            raise ConfigError(
+                f'{key}.data_prefix.{name}={folder!r}: no folder {path!r}{_seen_from(path)}; set '
+                'it to the folder of the images, relative to data_root'
+            )
+    if not _is_coco(dataset):
+        return
+    if not dataset.get('return_classes'):
+        raise ConfigError(
+            f'{key}.return_classes is not True: the class names, which Grounding DINO is prompted '
+            'with, would not reach the model; set return_classes=True'
+        )
+    path = os.path.join(root, dataset['ann_file'])
+    if not _is_remote(path):
+        check_class_names(key, _config_classes(key, dataset), path)
+
+
+def check_class_names(key: str, classes: Sequence[str], ann_file: str) -> None:
+    """Checks that a data set's class names are categories of its annotation file, in its order.
+
+    Args:
+        key: Where the data set stands in the config.
+        classes: Names that the data set will use.
+        ann_file: COCO json.
+
+    Raises:
+        ConfigError: Names are missing from the file, or stand in another order than there.
+    """
+    found = category_names(ann_file)
+    missing = [name for name in classes if name not in found]
+    if missing:
+        which = 'none' if len(missing) == len(classes) else f'{len(missing)} of {len(classes)} not'
+        raise ConfigError(
+            f'{key}.metainfo.classes: {which} among the categories of {ann_file} ({_some(missing)} '
+            f'{"is" if len(missing) == 1 else "are"} missing), so their boxes would be dropped; '
+            f'set metainfo=dict(classes=...) to names of the file, which has {_some(found, 20)}'
+        )
+    in_file_order = [name for name in found if name in set(classes)]
+    if in_file_order != list(classes):
+        raise ConfigError(
+            f'{key}.metainfo.classes: the names stand in another order than the categories of '
+            f"{ann_file}, and mmdet numbers labels in the file's order, so boxes would get other "
+            f'names; set metainfo=dict(classes={_tuple(in_file_order)})'
+        )
+
+
+def category_names(ann_file: str) -> list[str]:
+    """Category names of a COCO file, in its order.
+
+    COCO's own files have hundreds of megabytes and the categories at their end: only that part is
+    parsed where it can be found.
+
+    Args:
+        ann_file: Path of the json.
+
+    Returns:
+        The names.
+
+    Raises:
+        ConfigError: It is no COCO file.
+    """
+    text = Path(ann_file).read_text(encoding='utf-8')
+    categories = None
+    starts = [match.end() for match in re.finditer(r'"categories"\s*:\s*(?=\[)', text)]
+    try:
+        if len(starts) == 1:
+            categories = json.JSONDecoder().raw_decode(text, starts[0])[0]
+        else:
+            categories = json.loads(text)['categories']
+        return [category['name'] for category in categories]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f'{ann_file} is not an annotation file in COCO format (a json with images, '
+            f'annotations and categories): {type(error).__name__}: {error}'
+        ) from error
+
+
+@HOOKS.register_module()
+class PreflightHook(Hook):
+    """:func:`check_config` for runs that mmdet's own tools start.
+
+    ``custom_hooks = [dict(type='PreflightHook')]``. By the time hooks run mmengine has opened the
+    files, so what is left to find is class names that don't match the annotations.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def before_run(self, runner: Any) -> None:
+        """Checks the runner's config.
+
+        Args:
+            runner: mmengine's runner.
+
+        Raises:
+            ConfigError: See :func:`check_config`.
+        """
+        loops = {
+            'train': runner._train_loop,
+            'val': runner._val_loop,
+            'test': runner._test_loop,
+        }
+        check_config(runner.cfg, [stage for stage, loop in loops.items() if loop is not None])
+
+
+def _datasets(key: str, node: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Data sets in a dataloader's config, through wrappers and lists of them."""
+    if isinstance(node, Mapping):
+        inner = [name for name in ('dataset', 'datasets') if node.get(name)]
+        if not inner and 'type' in node:
+            yield key, node
+        for name in inner:
+            yield from _datasets(f'{key}.{name}', node[name])
+    elif isinstance(node, (list, tuple)):
+        for index, part in enumerate(node):
+            yield from _datasets(f'{key}.{index}', part)
+
+
+def _metrics(key: str, node: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if isinstance(node, Mapping):
+        yield key, node
+        yield from _metrics(f'{key}.metrics', node.get('metrics'))
+    elif isinstance(node, (list, tuple)):
+        for index, part in enumerate(node):
+            yield from _metrics(f'{key}.{index}', part)
+
+
+def _class_of(dataset: Mapping[str, Any]) -> Any:
+    return DATASETS.get(dataset['type']) if isinstance(dataset['type'], str) else dataset['type']
+
+
+def _is_coco(dataset: Mapping[str, Any]) -> bool:
+    """Whether labels come from a COCO file's categories the way ``CocoDataset`` makes them."""
+    cls = _class_of(dataset)
+    return (
+        isinstance(cls, type)
+        and issubclass(cls, CocoDataset)
+        and cls.load_data_list is CocoDataset.load_data_list
+    )
+
+
+def _config_classes(key: str, dataset: Mapping[str, Any]) -> Sequence[str]:
+    """The names that the data set will use: the config's, else those written in its class."""
+    classes = (dataset.get('metainfo') or {}).get('classes')
+    if classes is None:
+        return _class_of(dataset).METAINFO['classes']
+    if not isinstance(classes, str):
+        return classes
+    if not os.path.isfile(classes):
+        raise ConfigError(
+            f'{key}.metainfo.classes={classes!r} is a string, which mmengine takes for a file of '
+            f'names; a single class is written with a comma: classes=({classes!r},)'
+        )
+    return Path(classes).read_text(encoding='utf-8').splitlines()
+
+
+def _need_file(key: str, value: str, root: str = '') -> None:
+    path = os.path.join(root, value)
+    if not _is_remote(path) and not os.path.isfile(path):
+        named = '' if path == value else f' ({path!r})'
+        raise ConfigError(
+            f'{key}={value!r}: no such file{named}{_seen_from(path)}; set {key} to one that exists'
+        )
+
+
+def _is_remote(path: str) -> bool:
+    """URLs and mmengine's storage backends (``s3://``, ``petrel:s3://``)."""
+    return '://' in path
+
+
+def _seen_from(path: str) -> str:
+    return '' if os.path.isabs(path) else f', seen from {os.getcwd()}'
+
+
+def _some(names: Sequence[str], count: int = 5) -> str:
+    shown = ', '.join(repr(name) for name in names[:count])
+    return shown + (f' and {len(names) - count} more' if len(names) > count else '')
+
+
+def _tuple(names: Sequence[str]) -> str:
+    return repr(tuple(names)) if len(names) <= 20 else f'<the {len(names)} names in that order>'

@@ -1,0 +1,120 @@
+"""Detects what the texts name in one image and draws the boxes.
+
+image_demo.py CONFIG CHECKPOINT IMAGE --texts "red star . dog"
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from common import run
+
+
+def main() -> None:
+    """Command line."""
+    arguments = argparse.ArgumentParser(description='Detect what the texts name in an image')
+    arguments.add_argument('config', help='config file')
+    arguments.add_argument('checkpoint', help='checkpoint file, of adapters or of a whole model')
+    arguments.add_argument('image', help='image file')
+    arguments.add_argument('--texts', required=True, help='names, separated by " . "')
+    arguments.add_argument('--out', help='picture to write; default: outputs/<name of the image>')
+    arguments.add_argument('--score-thr', type=float, default=0.3, help='lowest score shown')
+    arguments.add_argument('--device', help='default: cuda where there is one, else cpu')
+    args = arguments.parse_args()
+
+    import cv2
+    from drawing import draw_boxes
+    from mmengine.config import Config
+
+    import mmdet_gdino_lora  # noqa: F401  first of all: it checks the environment
+    from mmdet_gdino_lora.errors import ConfigError
+
+    names = [name.strip() for name in args.texts.split('.') if name.strip()]
+    if not names:
+        raise ConfigError(f'--texts {args.texts!r} names nothing; write "red star . dog"')
+    for what, path in dict(config=args.config, image=args.image).items():
+        if not os.path.isfile(path):
+            raise ConfigError(f'{what} {path!r}: no such file')
+    image = cv2.imread(args.image)
+    if image is None:
+        raise ConfigError(f'image {args.image!r} is not an image that OpenCV can read')
+
+    detector, pipeline = load(Config.fromfile(args.config), args.checkpoint, args.device)
+    found = detect(detector, pipeline, args.image, names)
+    found = found[found.scores >= args.score_thr]
+    boxes = found.bboxes.cpu().numpy()
+    scores = found.scores.tolist()
+    labels = found.labels.tolist()
+    for box, score, label in zip(boxes.tolist(), scores, labels):
+        corners = ', '.join(f'{value:.1f}' for value in box)
+        print(f'{names[label]}  {score:.2f}  [{corners}]')
+    if not scores:
+        print(f'nothing with a score of at least {args.score_thr}')
+    out = args.out or os.path.join('outputs', os.path.basename(args.image))
+    os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
+    captions = [f'{names[label]} {score:.2f}' for label, score in zip(labels, scores)]
+    if not cv2.imwrite(out, draw_boxes(image, boxes, labels, captions)):
+        raise ConfigError(f'--out {out!r}: OpenCV can not write there; name a .jpg or .png file')
+    print(f'picture: {out}')
+
+
+def load(cfg, checkpoint: str, device: str | None = None):
+    """Builds the detector of a config, with a checkpoint, and the config's test pipeline.
+
+    Args:
+        cfg: An mmengine ``Config``.
+        checkpoint: Checkpoint file.
+        device: Such as ``cuda:0``; by default a GPU where there is one.
+
+    Returns:
+        The detector in eval mode, and the pipeline without the loading of annotations.
+
+    Raises:
+        ConfigError: A file is missing or does not fit.
+    """
+    import torch
+    from mmcv.transforms import Compose
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine.runner import load_checkpoint
+
+    from mmdet_gdino_lora.errors import ConfigError
+
+    if '://' not in checkpoint and not os.path.isfile(checkpoint):
+        raise ConfigError(f'checkpoint {checkpoint!r}: no such file')
+    register_all_modules()
+    if cfg.model.type == 'LoRAGroundingDINO' and cfg.get('load_from'):
+        cfg.model.setdefault('base_checkpoint', cfg.load_from)
+    detector = MODELS.build(cfg.model)
+    load_checkpoint(detector, checkpoint, map_location='cpu')
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    pipeline = Compose([step for step in dataset.pipeline if 'LoadAnn' not in step['type']])
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    return detector.to(device).eval(), pipeline
+
+
+def detect(detector, pipeline, image: str, names: list[str]):
+    """Detects the named classes in one image.
+
+    Args:
+        detector: In eval mode.
+        pipeline: See :func:`load`.
+        image: Image file.
+        names: Class names.
+
+    Returns:
+        mmengine's ``InstanceData`` with ``bboxes`` (absolute xyxy), ``scores`` and ``labels``.
+    """
+    import torch
+
+    sample = pipeline(dict(img_path=image, img_id=0, text=tuple(names), custom_entities=True))
+    batch = dict(inputs=[sample['inputs']], data_samples=[sample['data_samples']])
+    with torch.no_grad():
+        return detector.test_step(batch)[0].pred_instances
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,66 @@
+"""Trains a detector from a config, with the arguments of mmdet's own tools/train.py."""
+
+from __future__ import annotations
+
+from common import build_runner, parser, read_config, run
+
+
+def main() -> None:
+    """Command line."""
+    arguments = parser('Train a detector')
+    arguments.add_argument('--amp', action='store_true', help='automatic mixed precision (GPU)')
+    arguments.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate to the batch size (auto_scale_lr in the config)',
+    )
+    arguments.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        help='go on from this checkpoint, or without a value from the latest in the work dir',
+    )
+    args = arguments.parse_args()
+    cfg = read_config(args.config, args.cfg_options, args.work_dir, args.launcher, args.local_rank)
+
+    from mmdet_gdino_lora.engine.preflight import check_config
+    from mmdet_gdino_lora.errors import ConfigError
+
+    if args.amp:
+        use_amp(cfg)
+    if args.auto_scale_lr:
+        if not {'enable', 'base_batch_size'} <= set(cfg.get('auto_scale_lr') or {}):
+            raise ConfigError(
+                f'--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size to scale '
+                'from; add auto_scale_lr = dict(enable=False, base_batch_size=<images per step '
+                'that its learning rate was chosen for>)'
+            )
+        cfg.auto_scale_lr.enable = True
+    if args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    check_config(cfg)
+    build_runner(cfg).train()
+
+
+def use_amp(cfg) -> None:
+    """Switches the config's optimizer wrapper to mixed precision, as mmdet does.
+
+    Args:
+        cfg: Changed in place.
+
+    Raises:
+        ConfigError: There is no GPU.
+    """
+    import torch
+
+    from mmdet_gdino_lora.errors import ConfigError
+
+    if not torch.cuda.is_available():
+        raise ConfigError('--amp needs a GPU, and torch finds none; leave --amp out on a CPU')
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    cfg.optim_wrapper.loss_scale = 'dynamic'
+
+
+if __name__ == '__main__':
+    run(main)
