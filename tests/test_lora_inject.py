@@ -16,6 +16,7 @@ import mmdet_gdino_lora.text.encoder  # noqa: F401
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora import GROUPS, PRESETS, describe, inject, lora_state, set_frozen_eval
 from mmdet_gdino_lora.lora.presets import adaptable_modules, as_pattern, group_of, parse_preset
+from mmdet_gdino_lora.lora.state import Base
 from tests.builders import stock_cfg
 
 
@@ -186,6 +187,7 @@ def test_any_field_of_the_peft_config_is_a_config_key(detector: nn.Module, varia
 
 
 def test_dora_works_on_linear_layers(detector: nn.Module) -> None:
+    lora_state(detector).base = Base('', {})
     inject(detector, dict(use_dora=True, exclude_modules=['attn']))
     layer = detector.decoder.layers[0].ffn.layers[1]
     assert isinstance(layer, BaseTunerLayer) and layer.use_dora['default']
@@ -209,6 +211,7 @@ def test_dora_works_on_linear_layers(detector: nn.Module) -> None:
         (dict(exclude_modules='.*'), {}, ['leave no module']),
         (dict(use_dora=True), {}, ['use_dora=True', '0.self_attn.attn', 'exclude_modules']),
         (dict(init_lora_weights='pissa'), {}, ["init_lora_weights='pissa'", 'MultiheadAttention']),
+        (dict(use_dora=True, exclude_modules=['attn']), {}, ['use base_checkpoint=']),
         ({}, dict(trainable=['no.such.parameter']), ['trainable', 'no.such.parameter']),
         ({}, dict(trainable=['(']), ['regular expression']),
     ],

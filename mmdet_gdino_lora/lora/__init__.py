@@ -1,12 +1,14 @@
 """Adapters: where they go, how they are stored, and what they stand on."""
 
 from .base import load_base
+from .gradients import GradientCheck
 from .inject import Report, describe, inject, set_frozen_eval
 from .presets import GROUPS, PRESETS
 from .state import LoraState, lora_state
 
 __all__ = [
     'GROUPS',
+    'GradientCheck',
     'PRESETS',
     'LoraState',
     'Report',

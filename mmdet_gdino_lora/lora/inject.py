@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from mmengine.logging import MMLogger
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,6 +16,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from .attention import FrozenMultiheadAttention
+from .checkpoint import install_hooks
 from .presets import (
     GROUPS,
     PRESETS,
@@ -25,12 +27,11 @@ from .presets import (
     preset_targets,
     user_targets,
 )
-from .state import lora_state
+from .state import ADAPTER, lora_state, needs_base
+from .tensors import LABEL_EMBEDDING, base_name, plain_tensors
 
 DEFAULT_PRESET = 'decoder'
-ADAPTER = 'default'
 BOX_HEAD = r'^bbox_head\.reg_branches\.'
-LABEL_EMBEDDING = 'dn_query_generator.label_embedding.weight'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,7 @@ def inject(
     *,
     train_box_head: bool = True,
     trainable: Sequence[str] = (),
+    full_checkpoint: bool = False,
 ) -> Report:
     """Injects one LoRA adapter with PEFT and freezes whatever is not trained.
 
@@ -89,6 +91,7 @@ def inject(
             Modules in ``modules_to_save`` are trained whole.
         train_box_head: Whether the box regression branches are trained.
         trainable: Patterns (``re.search`` on parameter names) of further parameters to train.
+        full_checkpoint: Whether checkpoints hold the frozen base as well.
 
     Returns:
         What is trained now; also written to mmengine's log as a table.
@@ -115,6 +118,18 @@ def inject(
     config._register_custom_module({nn.MultiheadAttention: FrozenMultiheadAttention})
     modules = adaptable_modules(detector)
     _check_variant(config, {name: modules[name] for name in targets})
+    state = lora_state(detector)
+    if needs_base(config) and state.base is None:
+        raise ConfigError(
+            f'lora.init_lora_weights={config.init_lora_weights!r} with lora.use_dora='
+            f'{config.use_dora} starts from the weights of the base, which load_from would bring '
+            'too late: use base_checkpoint= in the model instead.'
+        )
+    before = {}
+    if needs_base(config):
+        before = {
+            n: w.clone() for n, w in plain_tensors(detector).items() if n.startswith(tuple(targets))
+        }
     try:
         inject_adapter_in_model(config, detector, adapter_name=ADAPTER)
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
@@ -124,9 +139,11 @@ def inject(
         if any(re.search(pattern, base_name(name)) for pattern in patterns):
             parameter.requires_grad_(True)
     _free_label_embedding(detector)
-    state = lora_state(detector)
+    now = plain_tensors(detector)
+    state.changed.update(n for n, weight in before.items() if not torch.equal(weight, now[n]))
     state.config, state.targets = config, tuple(targets)
     state.preset = preset if preset or fields.get('target_modules') else DEFAULT_PRESET
+    install_hooks(detector, full_checkpoint=full_checkpoint)
     report = describe(detector)
     MMLogger.get_current_instance().info('LoRA injected:\n%s', report.table())
     return report
@@ -146,19 +163,6 @@ def describe(detector: nn.Module) -> Report:
     }
     total = sum(p.numel() for p in detector.parameters())
     return Report(lora_state(detector).targets, trained, total)
-
-
-def base_name(name: str) -> str:
-    """A parameter's name in the plain detector, from its name in the injected one.
-
-    Args:
-        name: Such as ``decoder.layers.0.self_attn.attn.base_layer.out_proj.base_layer.weight``.
-
-    Returns:
-        Such as ``decoder.layers.0.self_attn.attn.out_proj.weight``; an adapter's own parameters
-        only lose the ``base_layer`` above them.
-    """
-    return name.replace('.base_layer.', '.')
 
 
 def set_frozen_eval(detector: nn.Module) -> None:

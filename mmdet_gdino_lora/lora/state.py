@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any, Optional
 
 from peft import LoraConfig
 from torch import nn
+
+ADAPTER = 'default'
+"""PEFT's name of the adapter that is trained."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,15 +19,22 @@ class Base:
     """The frozen weights under the adapters.
 
     Attributes:
-        source: Path or URL that they came from.
+        source: Path or URL that they came from, as the user gave it; empty where it isn't known,
+            in which case checkpoints have to hold the base as well.
         fingerprint: Digest of the weights of each top-level module.
         absent: Names of parameters that the file didn't bring (the denoising label embedding for
             another number of classes); they stay random and are trained.
+        path: Absolute path of a local file, for runs that start elsewhere.
     """
 
     source: str
     fingerprint: Mapping[str, str]
     absent: frozenset[str] = frozenset()
+    path: str = ''
+
+    def __str__(self) -> str:
+        digest = ''.join(value[:2] for _, value in sorted(self.fingerprint.items()))
+        return f'{os.path.basename(self.source) or "unnamed"} (fingerprint {digest[:12]})'
 
 
 @dataclasses.dataclass
@@ -35,12 +46,17 @@ class LoraState:
         config: The resolved adapter config; None before injection.
         preset: As in the user's config, for the model card.
         targets: Names of the modules with adapters.
+        changed: Plain names of further weights that no longer are the base's: those that the
+            adapter's initialisation rewrote (PiSSA), and those that came with an adapter.
+        full_checkpoint: Whether checkpoints hold the base as well.
     """
 
     base: Optional[Base] = None
     config: Optional[LoraConfig] = None
     preset: Any = None
     targets: tuple[str, ...] = ()
+    changed: set[str] = dataclasses.field(default_factory=set)
+    full_checkpoint: bool = False
 
 
 def lora_state(detector: nn.Module) -> LoraState:
@@ -55,3 +71,20 @@ def lora_state(detector: nn.Module) -> LoraState:
     if not hasattr(detector, 'lora_state'):
         detector.lora_state = LoraState()
     return detector.lora_state
+
+
+def needs_base(config: LoraConfig) -> bool:
+    """Whether an adapter's initial values depend on the weights that it is put on.
+
+    Args:
+        config: The adapter's config.
+
+    Returns:
+        True for DoRA, PiSSA, OLoRA and the like.
+    """
+    initial = config.init_lora_weights
+    return (
+        config.use_dora
+        or config.kasa_config is not None
+        or (isinstance(initial, str) and initial.lower() != 'gaussian')
+    )

@@ -1,0 +1,267 @@
+"""What a detector's state dict holds, and how state dicts of three kinds are loaded into it.
+
+A detector that knows where its base came from saves what differs from it: adapters, parameters
+that are trained beside them, and their buffers. The record that ties the two together travels in
+the state dict's metadata, where torch keeps module versions. On the way in, a state dict is
+
+* an *adapter*: the base is loaded where it is not there yet, and its fingerprint compared;
+* a *full* one, written with ``full_checkpoint=True`` or on a random base;
+* a *plain* one with mmdet's names: a base, that mmengine's ``load_from`` brings.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, Optional
+
+from mmengine.logging import MMLogger
+from torch import Tensor, nn
+
+from ..engine.runner_config import runner_config
+from ..errors import ConfigError
+from ..layers.attention import peft_out_proj_factor
+from .base import fetch, fit_base, read_weights
+from .state import ADAPTER, Base, lora_state, needs_base
+from .tensors import LABEL_EMBEDDING, base_name, own_tensors
+
+RECORD = 'mmdet_gdino_lora'
+"""Key of the record in a state dict's metadata, and in a safetensors file's."""
+
+_MEANING = ('r', 'lora_alpha', 'use_rslora', 'use_dora', 'rank_pattern', 'alpha_pattern')
+
+
+def install_hooks(detector: nn.Module, *, full_checkpoint: bool = False) -> None:
+    """Makes the detector save and load as described above, through torch's and mmengine's ways.
+
+    Args:
+        detector: An injected detector.
+        full_checkpoint: Whether checkpoints hold the base as well.
+    """
+    lora_state(detector).full_checkpoint = full_checkpoint
+    detector.register_state_dict_post_hook(_keep_what_differs)
+    detector.register_load_state_dict_pre_hook(_load)
+
+
+# ---------------------------------------------------------------------------------------- saving
+
+
+def own_names(detector: nn.Module) -> set[str]:
+    """Names of the tensors that the base alone doesn't give.
+
+    Args:
+        detector: An injected detector.
+
+    Returns:
+        Names in the injected detector: adapters, trained parameters, buffers beside them.
+    """
+    state = lora_state(detector)
+    beyond = state.changed | (state.base.absent if state.base else set())
+    names: set[str] = set()
+    for prefix, module in detector.named_modules(remove_duplicate=False):
+        dot = f'{prefix}.' if prefix else ''
+        parameters = {k: p for k, p in module._parameters.items() if p is not None}
+        trained = {k for k, p in parameters.items() if p.requires_grad}
+        own = trained | {k for k in parameters if '.lora_' in dot + k}
+        if trained:
+            own.update(k for k in module._buffers if k not in module._non_persistent_buffers_set)
+        own.update(k for k in parameters if base_name(dot + k) in beyond)
+        names.update(dot + key for key in own)
+    return names
+
+
+def record(detector: nn.Module) -> dict[str, Any]:
+    """What has to be known to use a checkpoint: adapter config, base, meaning of the numbers.
+
+    Args:
+        detector: An injected detector.
+
+    Returns:
+        Plain values only, as JSON takes them.
+    """
+    state = lora_state(detector)
+    base = state.base
+    return dict(
+        format=1,
+        adapter=json.loads(json.dumps(state.config.to_dict(), default=_listed)),
+        preset=state.preset,
+        attention_output_factor=peft_out_proj_factor(),
+        base=base
+        and dict(
+            source=base.source,
+            path=base.path,
+            fingerprint=dict(base.fingerprint),
+            absent=sorted(base.absent),
+        ),
+    )
+
+
+def _listed(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def _keep_what_differs(
+    detector: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict
+) -> None:
+    state = lora_state(detector)
+    if state.config is None:
+        return
+    local_metadata[RECORD] = record(detector)
+    if state.full_checkpoint or state.base is None or not state.base.source:
+        return
+    kept = {prefix + name for name in own_names(detector)}
+    for name in [n for n in state_dict if n.startswith(prefix) and n not in kept]:
+        del state_dict[name]
+
+
+# --------------------------------------------------------------------------------------- loading
+
+
+def _load(
+    detector: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Mapping[str, Any],
+    *_: Any,
+) -> None:
+    """Puts the state dict into the detector's own shape: every tensor once, under its own name."""
+    state = lora_state(detector)
+    incoming = {n[len(prefix) :]: v for n, v in state_dict.items() if n.startswith(prefix)}
+    if not incoming:
+        return
+    note = local_metadata.get(RECORD)
+    if state.config is None:
+        if any('.lora_' in name for name in incoming):
+            raise ConfigError(
+                'the checkpoint holds LoRA adapters, but the config sets no model.lora; use the '
+                'config that it was trained with, or merge it with tools/merge_adapter.py.'
+            )
+        return
+    if any('.lora_' in name for name in incoming):
+        incoming = _from_adapter(detector, incoming, note)
+    else:
+        incoming = _from_plain(detector, incoming)
+    own = own_tensors(detector)
+    for name in [n for n in state_dict if n.startswith(prefix)]:
+        del state_dict[name]
+    # What didn't come stays as it is; handed to torch as well, so that it isn't reported missing.
+    for name, tensor in own.items():
+        state_dict[prefix + name] = incoming.get(name, tensor)
+
+
+def _from_plain(detector: nn.Module, incoming: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    state = lora_state(detector)
+    if needs_base(state.config):
+        raise ConfigError(
+            'load_from brings the base after adapters were initialised from other weights '
+            f'(lora.init_lora_weights={state.config.init_lora_weights!r}, lora.use_dora='
+            f'{state.config.use_dora}): use base_checkpoint= in the model instead.'
+        )
+    source = str(runner_config().get('load_from') or '')
+    state.base = fit_base(detector, incoming, source)
+    return {}
+
+
+def _from_adapter(
+    detector: nn.Module, incoming: dict[str, Tensor], note: Optional[Mapping[str, Any]]
+) -> dict[str, Tensor]:
+    state = lora_state(detector)
+    _check_adapter(detector, incoming, note)
+    own = {base_name(name): name for name in own_tensors(detector)}
+    unknown = [name for name in incoming if base_name(name) not in own]
+    if unknown:
+        raise ConfigError(
+            f'the checkpoint holds {unknown[0]!r}, which this model has not; use the config that '
+            'it was trained with.'
+        )
+    found = {own[base_name(name)]: value for name, value in incoming.items()}
+    base = note and note.get('base')
+    if all(name in found for name, _ in detector.named_parameters()):  # the base came along
+        state.base = Base(**_base_fields(base)) if base else None
+    else:
+        if base:
+            _check_base(detector, base)
+        state.changed.update(base_name(name) for name in found if '.lora_' not in name)
+    return _with_todays_factor(found, note)
+
+
+def _check_adapter(
+    detector: nn.Module, incoming: dict[str, Tensor], note: Optional[Mapping[str, Any]]
+) -> None:
+    state = lora_state(detector)
+    theirs, ours = (note or {}).get('adapter', {}), record(detector)['adapter']
+    for key in _MEANING:
+        if key in theirs and theirs[key] != ours[key]:
+            raise ConfigError(
+                f'the adapter in the checkpoint was trained with {key}={theirs[key]!r}, the config '
+                f'says lora.{key}={ours[key]!r}; set lora.{key}={theirs[key]!r}.'
+            )
+    own = dict(detector.named_parameters())
+    for name, value in list(incoming.items()):
+        if name in own and own[name].shape != value.shape:
+            if name == LABEL_EMBEDDING:  # of other classes: the model's own stays
+                del incoming[name]
+                continue
+            raise ConfigError(
+                f'the adapter in the checkpoint does not fit: {name} is {tuple(value.shape)} there '
+                f'and {tuple(own[name].shape)} in the model (lora.r={state.config.r}); use the '
+                'config that it was trained with.'
+            )
+    theirs = {name for name in incoming if '.lora_' in name}
+    ours = {name for name in own if '.lora_' in name}
+    if theirs != ours:
+        name = sorted(theirs ^ ours)[0]
+        module = name.split('.lora_')[0]
+        raise ConfigError(
+            f'the checkpoint adapts other modules than lora.preset={state.preset!r} does '
+            f'({module} only {"in the checkpoint" if name in theirs else "in the model"}); it was '
+            f'trained with preset={(note or {}).get("preset")!r}.'
+        )
+
+
+def _base_fields(base: Mapping[str, Any]) -> dict[str, Any]:
+    return {**base, 'absent': frozenset(base['absent'])}
+
+
+def _check_base(detector: nn.Module, base: Mapping[str, Any]) -> None:
+    """Loads the base that an adapter was trained on where none is there, and compares it."""
+    state = lora_state(detector)
+    wanted = Base(**_base_fields(base))
+    if state.base is None:
+        if needs_base(state.config):
+            raise ConfigError(
+                f'the adapter was initialised from its base {wanted}: set '
+                f'model.base_checkpoint={wanted.source!r}.'
+            )
+        found = next((p for p in (wanted.source, wanted.path) if os.path.isfile(p)), wanted.source)
+        try:
+            weights = read_weights(fetch(found))
+        except ConfigError as error:
+            raise ConfigError(
+                f'the adapter needs its base {wanted}, which is not at {wanted.source!r} any more; '
+                f'set model.base_checkpoint to where it lies now ({error})'
+            ) from error
+        state.base = fit_base(detector, weights, found)
+        MMLogger.get_current_instance().info('Base of the adapter loaded from %s', found)
+    theirs, ours = wanted.fingerprint, state.base.fingerprint
+    differing = sorted(g for g in {*theirs, *ours} if theirs.get(g) != ours.get(g))
+    if differing:
+        raise ConfigError(
+            f'the adapter was trained on the base {wanted} and the model stands on {state.base}, '
+            f'whose {", ".join(differing)} differ; set base_checkpoint to the former.'
+        )
+
+
+def _with_todays_factor(
+    found: dict[str, Tensor], note: Optional[Mapping[str, Any]]
+) -> dict[str, Tensor]:
+    """Keeps an attention output adapter's meaning where the installed PEFT counts it otherwise."""
+    ratio = (note or {}).get('attention_output_factor', peft_out_proj_factor())
+    ratio /= peft_out_proj_factor()
+    if ratio == 1:
+        return found
+    return {
+        name: value * ratio if f'.out_proj.lora_B.{ADAPTER}' in name else value
+        for name, value in found.items()
+    }

@@ -1,0 +1,92 @@
+"""Stops a run in which something that should be trained never gets a gradient."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .tensors import LABEL_EMBEDDING
+
+
+class GradientCheck:
+    """Watches every trained parameter until it has had a non-zero gradient.
+
+    Gradients are looked at while autograd computes them, because mmengine clears them within the
+    step; the results stay on the device until they are needed. A parameter without gradient is an
+    adapter in a module that the forward pass never calls, or below a detached tensor: it would
+    stay at its initial value for the whole run.
+
+    The first factor of an adapter has no gradient before the second has left zero, so it is judged
+    after the second has moved, whatever the warm-up and the accumulation of gradients. The
+    denoising label embedding is not judged: classes without boxes don't reach it.
+
+    Args:
+        detector: In its final place, on its device.
+        iterations: Training steps with boxes after which parameters are judged.
+    """
+
+    def __init__(self, detector: nn.Module, iterations: int = 10) -> None:
+        self._parameters = {
+            name: parameter
+            for name, parameter in detector.named_parameters()
+            if parameter.requires_grad and name != LABEL_EMBEDDING
+        }
+        self._second_factors = {
+            name: self._parameters.get(name.replace('.lora_A.', '.lora_B.'))
+            for name in self._parameters
+            if '.lora_A.' in name
+        }
+        self._moved: set[str] = set()
+        self._seen: dict[str, Tensor] = {}
+        self._handles = {
+            name: parameter.register_hook(partial(self._look, name))
+            for name, parameter in self._parameters.items()
+        }
+        self._iterations = self._left = iterations
+
+    @property
+    def done(self) -> bool:
+        """Whether every parameter has been seen to learn."""
+        return not self._handles
+
+    def after_step(self, num_boxes: int) -> None:
+        """Counts a training step and, after enough of them, judges.
+
+        Args:
+            num_boxes: Boxes in the batch; steps without any don't count.
+
+        Raises:
+            ConfigError: Naming the parameters that never had a gradient.
+        """
+        if self.done or not num_boxes:
+            return
+        self._left -= 1
+        if self._left > 0:
+            return
+        self._left = self._iterations
+        names = list(self._seen)
+        if names:
+            flags = torch.stack([self._seen[name].cpu() for name in names]).tolist()
+            for name in [n for n, flag in zip(names, flags) if flag]:
+                self._handles.pop(name).remove()
+                del self._parameters[name], self._seen[name]
+        dead = [n for n in self._parameters if n not in self._second_factors or n in self._moved]
+        if dead:
+            raise ConfigError(
+                f'{len(dead)} trained parameters had no gradient in {self._iterations} iterations '
+                f'({", ".join(dead[:3])}{", ..." if len(dead) > 3 else ""}): their modules are not '
+                'part of the loss; take them out of lora.target_modules or trainable, or set '
+                'check_adapters=False to go on.'
+            )
+        self._moved.update(
+            name
+            for name, second in self._second_factors.items()
+            if second is None or bool(second.detach().any())
+        )
+
+    def _look(self, name: str, grad: Tensor) -> None:
+        found = grad.ne(0).any()  # inf and nan (fp16 before the scale has settled) count as well
+        self._seen[name] = self._seen[name] | found if name in self._seen else found

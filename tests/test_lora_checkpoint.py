@@ -1,0 +1,297 @@
+"""Training checkpoints: what they hold, and every way that they come back in."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.logging import MessageHub
+from mmengine.runner.checkpoint import load_checkpoint, weights_to_cpu
+from torch import Tensor, nn
+
+import mmdet_gdino_lora  # noqa: F401
+from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.lora import PRESETS, lora_state
+from tests.builders import WORDS, data_samples, detector_cfg
+
+LABEL = 'dn_query_generator.label_embedding.weight'
+
+
+def build(text_dir: str, **overrides: Any) -> nn.Module:
+    return MODELS.build(detector_cfg(text_dir, **overrides))
+
+
+@pytest.fixture(scope='module')
+def base(text_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A base with random weights, as mmdet would write it."""
+    torch.manual_seed(0)
+    detector = build(text_dir, lora=None)
+    detector.init_weights()
+    with torch.no_grad():
+        for parameter in detector.parameters():  # nothing at its tell-tale initial value
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    path = str(tmp_path_factory.mktemp('base') / 'base.pth')
+    torch.save(dict(meta={}, state_dict=detector.state_dict()), path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _no_run() -> Iterator[None]:
+    hub = MessageHub.get_current_instance()
+    yield
+    hub.runtime_info.pop('cfg', None)
+
+
+def in_a_run_with_load_from(path: str) -> None:
+    """What mmengine's RuntimeInfoHook leaves behind in a run with this config."""
+    MessageHub.get_current_instance().update_info('cfg', f'load_from = {path!r}\n')
+
+
+def train(detector: nn.Module, steps: int = 2) -> dict[str, bool]:
+    """Takes optimisation steps.
+
+    Returns:
+        For every trained parameter whether it has had a non-zero gradient.
+    """
+    detector.train()
+    trained = {n: p for n, p in detector.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(trained.values(), lr=1e-2)
+    seen = dict.fromkeys(trained, False)
+    for step in range(steps):
+        torch.manual_seed(step)
+        samples = data_samples(WORDS[:4], [3, 2], size=32, seed=step)
+        losses = detector.loss(torch.randn(2, 3, 32, 32), samples)
+        optimizer.zero_grad()
+        sum(value for name, value in losses.items() if 'loss' in name).backward()
+        for name, parameter in trained.items():
+            seen[name] |= parameter.grad is not None and bool(parameter.grad.any())
+        nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+    return seen
+
+
+@torch.no_grad()
+def detections(detector: nn.Module) -> tuple[Tensor, Tensor]:
+    detector.eval()
+    torch.manual_seed(7)
+    results = detector.predict(torch.randn(2, 3, 32, 32), data_samples(WORDS[:4], [1, 1], size=32))
+    instances = [result.pred_instances for result in results]
+    return torch.cat([i.bboxes for i in instances]), torch.cat([i.scores for i in instances])
+
+
+def same(one: tuple, other: tuple) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+def save(detector: nn.Module, path: Path) -> str:
+    torch.save(dict(meta={}, state_dict=weights_to_cpu(detector.state_dict())), path)
+    return str(path)
+
+
+def loaded(detector: nn.Module, path: str, caplog: pytest.LogCaptureFixture) -> nn.Module:
+    """Loads as mmengine's runner does, and sees to it that nothing was reported."""
+    with caplog.at_level(logging.WARNING):
+        load_checkpoint(detector, path, logger=logging.getLogger('load'))
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING], caplog.text
+    return detector
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_every_preset_starts_equal_to_the_base_and_every_trained_parameter_learns(
+    text_dir: str, base: str, preset: str
+) -> None:
+    plain = build(text_dir, lora=None, base_checkpoint=base)
+    detector = build(text_dir, lora=dict(preset=preset, r=2), base_checkpoint=base)
+    assert same(detections(plain), detections(detector))
+    assert [name for name, seen in train(detector).items() if not seen] == []
+
+
+@pytest.mark.parametrize(
+    'variant',
+    [
+        dict(use_rslora=True),
+        dict(use_dora=True, exclude_modules=['attn']),
+        dict(init_lora_weights='pissa', exclude_modules=['attn']),
+        dict(init_lora_weights='olora', exclude_modules=['attn']),
+        dict(init_lora_weights='gaussian', lora_dropout=0.1),
+        dict(lora_bias=True, exclude_modules=['attn']),
+        dict(rank_pattern={r'ffn\.layers\.1': 1}),
+    ],
+    ids=lambda v: '-'.join(map(str, v)),
+)  # fmt: skip
+def test_variants_start_at_the_base_learn_and_come_back_to_the_bit(
+    text_dir: str, base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, variant: dict
+) -> None:
+    lora = dict(r=2, preset='encoder+decoder', **variant)
+    plain = detections(build(text_dir, lora=None, base_checkpoint=base))
+    detector = build(text_dir, lora=lora, base_checkpoint=base)
+    for one, other in zip(plain, detections(detector)):
+        torch.testing.assert_close(one, other, rtol=0, atol=5e-4)
+    assert [name for name, seen in train(detector).items() if not seen] == []
+    path = save(detector, tmp_path / 'tuned.pth')
+    again = loaded(build(text_dir, lora=lora, base_checkpoint=base), path, caplog)
+    assert same(detections(detector), detections(again))
+    assert not same(plain, detections(again))
+
+
+def test_a_checkpoint_holds_adapters_and_freed_parameters_only(
+    text_dir: str, base: str, tmp_path: Path
+) -> None:
+    detector = build(text_dir, base_checkpoint=base, trainable=[r'^neck\.'])
+    trained = {name for name, p in detector.named_parameters() if p.requires_grad}
+    assert set(detector.state_dict()) == trained
+    full = build(text_dir, base_checkpoint=base, full_checkpoint=True)
+    assert set(full.state_dict()) > trained
+    assert len(build(text_dir).state_dict()) > len(trained)  # a random base is nowhere else
+
+
+def test_buffers_beside_trained_parameters_are_kept(text_dir: str, tmp_path: Path) -> None:
+    norm = dict(norm_cfg=dict(type='BN', requires_grad=True))
+    cfg = detector_cfg(text_dir, lora=None)
+    neck = {**cfg['neck'], **norm}
+    torch.save(build(text_dir, lora=None, neck=neck).state_dict(), tmp_path / 'base.pth')
+    options = dict(neck=neck, base_checkpoint=str(tmp_path / 'base.pth'))
+    assert not [n for n in build(text_dir, **options).state_dict() if 'running' in n]
+    detector = build(text_dir, trainable=['neck.*bn'], **options)
+    assert 'neck.convs.0.bn.running_mean' in detector.state_dict()
+
+
+@pytest.mark.parametrize('full', [False, True])
+def test_a_trained_detector_comes_back_to_the_bit(
+    text_dir: str, base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, full: bool
+) -> None:
+    options = dict(base_checkpoint=base, full_checkpoint=full, trainable=['text_feat_map'])
+    detector = build(text_dir, **options)
+    train(detector)
+    path = save(detector, tmp_path / 'tuned.pth')
+    again = loaded(build(text_dir, **options), path, caplog)
+    assert same(detections(detector), detections(again))
+    if full:
+        assert same(detections(detector), detections(loaded(build(text_dir), path, caplog)))
+
+
+def test_what_an_adapter_brought_stays_in_later_checkpoints(
+    text_dir: str, base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = build(text_dir, base_checkpoint=base)
+    train(first)
+    path = save(first, tmp_path / 'first.pth')
+    second = build(text_dir, base_checkpoint=base, train_box_head=False)
+    loaded(second, path, caplog)
+    train(second)
+    path = save(second, tmp_path / 'second.pth')
+    again = loaded(build(text_dir, base_checkpoint=base), path, caplog)
+    assert same(detections(second), detections(again))
+
+
+def test_a_base_from_load_from_is_found_again_from_the_adapter_alone(
+    text_dir: str, base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    in_a_run_with_load_from(base)
+    detector = loaded(build(text_dir), base, caplog)
+    assert lora_state(detector).base.source == base
+    assert same(detections(detector), detections(build(text_dir, lora=None, base_checkpoint=base)))
+    train(detector)
+    path = save(detector, tmp_path / 'tuned.pth')
+    assert set(torch.load(path)['state_dict']) < set(dict(detector.named_parameters()))
+    in_a_run_with_load_from(path)
+    again = loaded(build(text_dir), path, caplog)
+    assert same(detections(detector), detections(again))
+
+
+def test_a_base_of_unknown_origin_stays_in_the_checkpoint(
+    text_dir: str, base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    detector = loaded(build(text_dir), base, caplog)
+    path = save(detector, tmp_path / 'tuned.pth')
+    assert same(detections(detector), detections(loaded(build(text_dir), path, caplog)))
+
+
+def refusal(detector: nn.Module, path: str) -> str:
+    before = {name: p.detach().clone() for name, p in detector.named_parameters()}
+    with pytest.raises(ConfigError) as error:
+        load_checkpoint(detector, path)
+    message = str(error.value)
+    assert '\n' not in message
+    assert all(torch.equal(p, before[name]) for name, p in detector.named_parameters())
+    return message
+
+
+@pytest.fixture(scope='module')
+def adapter(text_dir: str, base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    detector = build(text_dir, base_checkpoint=base)
+    return save(detector, tmp_path_factory.mktemp('adapter') / 'adapter.pth')
+
+
+def test_another_base_is_refused_with_both_names(
+    text_dir: str, base: str, adapter: str, tmp_path: Path
+) -> None:
+    content = torch.load(base)
+    content['state_dict']['encoder.layers.0.norms.0.weight'] += 1e-3
+    other = str(tmp_path / 'other.pth')
+    torch.save(content, other)
+    message = refusal(build(text_dir, base_checkpoint=other), adapter)
+    assert 'base.pth' in message and 'other.pth' in message and 'encoder differ' in message
+
+
+@pytest.mark.parametrize(
+    ('lora', 'words'),
+    [
+        (dict(r=8), ['r=4', 'lora.r=8']),
+        (dict(r=4, lora_alpha=32), ['lora_alpha=8', 'lora.lora_alpha=32']),
+        (dict(r=4, use_rslora=True), ['use_rslora']),
+        (dict(r=4, preset='encoder'), ["preset='encoder'", "preset='decoder'"]),
+        (None, ['no model.lora', 'merge_adapter']),
+    ],
+)
+def test_an_adapter_of_another_shape_is_refused_in_one_sentence(
+    text_dir: str, base: str, adapter: str, lora: dict, words: list
+) -> None:
+    message = refusal(build(text_dir, base_checkpoint=base, lora=lora), adapter)
+    for word in words:
+        assert word in message, message
+
+
+def test_a_base_that_moved_away_is_asked_for(
+    text_dir: str, base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = tmp_path / 'away.pth'
+    away.write_bytes(Path(base).read_bytes())
+    detector = build(text_dir, base_checkpoint=str(away))
+    path = save(detector, tmp_path / 'tuned.pth')
+    away.unlink()
+    message = refusal(build(text_dir), path)
+    assert 'away.pth' in message and 'model.base_checkpoint' in message
+    loaded(build(text_dir, base_checkpoint=base), path, caplog)  # same weights, another name
+
+
+def test_adapters_that_start_from_the_base_want_it_in_the_config(text_dir: str, base: str) -> None:
+    lora = dict(r=2, init_lora_weights='pissa', exclude_modules=['attn'])
+    with pytest.raises(ConfigError, match='use base_checkpoint='):
+        build(text_dir, lora=lora)
+    message = refusal(build(text_dir, lora=lora, base_checkpoint=base), base)
+    assert 'use base_checkpoint=' in message
+
+
+def test_a_load_from_of_another_architecture_is_refused(text_dir: str, base: str) -> None:
+    encoder = {**detector_cfg(text_dir)['encoder'], 'num_layers': 1}
+    message = refusal(build(text_dir, encoder=encoder), base)
+    assert 'another architecture' in message and 'encoder.layers.1' in message
+
+
+def test_an_adapter_for_other_classes_keeps_the_label_embedding_of_the_model(
+    text_dir: str, base: str, adapter: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = {**detector_cfg(text_dir)['bbox_head'], 'num_classes': 3}
+    detector = build(text_dir, base_checkpoint=base, bbox_head=head)
+    assert detector.dn_query_generator.label_embedding.weight.requires_grad
+    path = copy.deepcopy(adapter)
+    loaded(detector, path, caplog)
+    assert detector.dn_query_generator.label_embedding.weight.shape[0] == 3
+    assert LABEL in detector.state_dict()
