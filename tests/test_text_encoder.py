@@ -341,6 +341,13 @@ def test_building_needs_no_weights_and_loading_them_does(text_dir, tmp_path):
         GroundingTextEncoder(str(tmp_path / 'bert'))
 
 
+def test_an_init_cfg_takes_the_place_of_pretrained_weights(text_dir):
+    init_cfg = dict(type='Normal', layer=['Linear', 'Embedding'], std=0.5)
+    encoder = GroundingTextEncoder(text_dir, init_cfg=init_cfg)
+    encoder.init_weights()
+    assert encoder.language_backbone.body.model.embeddings.word_embeddings.weight.std() > 0.4
+
+
 def test_weights_of_another_model_are_refused(bert_dir, tmp_path):
     folder = str(tmp_path / 'model')
     shutil.copytree(bert_dir, folder)

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.transforms import PackDetInputs
 from mmdet.models.detectors.glip import create_positive_map
-from mmdet.registry import TRANSFORMS
+from mmdet.registry import MODELS, TRANSFORMS
 
 from mmdet_gdino_lora.datasets import TokenSpans
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.text import build_caption
+from tests.builders import data_samples, stock_cfg
 
 COCO = CocoDataset.METAINFO['classes']
 KEYS = ('text', 'tokens_positive', 'caption_tokens')
@@ -202,6 +203,51 @@ def test_it_travels_through_mmdets_packing_and_to_workers(text_dir):
     sample = pickle.loads(pickle.dumps(sample))
     assert sample.caption_tokens.token_spans == ((1,), (3,))
     json.dumps(sample.tokens_positive)
+
+
+def test_stock_grounding_dino_trains_and_predicts_the_same_from_it(text_dir):
+    cfg = stock_cfg(text_dir)
+    cfg.language_model.type = 'GroundingTextEncoder'
+    torch.manual_seed(0)
+    model = MODELS.build(cfg)
+    model.init_weights()
+    plain, spans = (data_samples(['dog', 'hot dog', 'car'], [2, 3]) for _ in range(2))
+    transform = build(text_dir)
+    for sample in spans:
+        sample.set_metainfo(transform(dict(text=sample.text)))
+    images = torch.randn(2, 3, 64, 64)
+    losses, detections = [], []
+    for samples in (plain, spans):
+        torch.manual_seed(0)
+        loss = model.train().loss(images, copy.deepcopy(samples))
+        losses.append({key: float(value.detach()) for key, value in loss.items()})
+        with torch.no_grad():
+            results = model.eval().predict(images, copy.deepcopy(samples))
+        detections.append([r.pred_instances for r in results])
+    assert losses[0] == losses[1]
+    for before, after in zip(*detections):
+        assert torch.equal(before.scores, after.scores)
+        assert torch.equal(before.bboxes, after.bboxes)
+        assert torch.equal(before.labels, after.labels)
+        assert before.label_names == after.label_names
+
+
+def test_stock_grounding_dino_trains_from_sampled_captions(text_dir):
+    cfg = stock_cfg(text_dir)
+    cfg.language_model.type = 'GroundingTextEncoder'
+    model = MODELS.build(cfg)
+    samples = data_samples(['dog', 'hot dog', 'car', 'cat', 'bird'], [2, 3])
+    transform = build(text_dir, num_negatives=1)
+    for sample in samples:
+        labels = sample.gt_instances.labels.numpy()
+        results = transform(dict(text=sample.text, gt_bboxes_labels=labels))
+        sample.set_metainfo({key: results[key] for key in KEYS})
+    model.train().loss(torch.randn(2, 3, 64, 64), samples)
+    for sample in samples:
+        positive_maps = sample.gt_instances.positive_maps.numpy()
+        labels = sample.gt_instances.labels
+        assert np.array_equal(positive_maps, sample.caption_tokens.positive_map(labels, 256))
+        assert positive_maps.any(1).all()
 
 
 @pytest.mark.parametrize('num_classes', [80, 1203])

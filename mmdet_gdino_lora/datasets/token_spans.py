@@ -123,13 +123,13 @@ class TokenSpans(BaseTransform):
 
     def _vocabulary(self, text: Union[Sequence[str], Mapping[Any, str]]) -> _Vocabulary:
         if isinstance(text, Mapping):
-            key = tuple(text.items())
-            names, labels = tuple(text.values()), tuple(map(int, text))
+            key = (tuple(text), tuple(text.values()))
         else:
-            key = names = tuple(text)
-            labels = tuple(range(len(names)))
+            key = (None, tuple(text))
         vocabulary = self._vocabularies.get(key)
         if vocabulary is None:
+            names = key[1]
+            labels = tuple(range(len(names)) if key[0] is None else map(int, key[0]))
             in_order = labels == tuple(range(len(names)))
             lengths = self.caption_tokenizer.lengths(names)
             vocabulary = self._vocabularies.add(

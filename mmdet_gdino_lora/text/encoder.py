@@ -9,8 +9,8 @@ and captions are put together from the rows.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
-from typing import Any, Callable, Optional
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -53,7 +53,8 @@ class GroundingTextEncoder(BaseModel):
             their number once more, as mmdet does.
         use_checkpoint: Whether BERT's layers recompute their activations in the backward pass.
         cache_bytes: Most bytes of remembered features.
-        **kwargs: Arguments of mmengine's ``BaseModel``.
+        **kwargs: Arguments of mmengine's ``BaseModel``. An ``init_cfg`` takes the place of the
+            pretrained weights, for a text encoder to be trained from nothing.
 
     Raises:
         ConfigError: No text model there, not a BERT, or without sub-sentences.
@@ -218,17 +219,17 @@ class GroundingTextEncoder(BaseModel):
         self, segments: Sequence[Segment], device: torch.device
     ) -> tuple[Tensor, np.ndarray]:
         """Features of segments as rows [R, 1 or 2, C], and the row where each one begins."""
-        parameters = list(self.language_backbone.parameters())
-        if any(parameter.requires_grad for parameter in parameters):
+        state = _state(self.language_backbone)
+        if state.trainable:
             self.clear_cache()
             return self._encode_segments(segments, device)
         if self.language_backbone.training:
             self.language_backbone.eval()
         with torch.no_grad():
-            if any(isinstance(m, BaseTunerLayer) for m in self.language_backbone.modules()):
+            if state.adapted:
                 self.clear_cache()
                 return self._encode_segments(segments, device)
-            return self._remembered_features(segments, device, _version(parameters))
+            return self._remembered_features(segments, device, state.version)
 
     def _remembered_features(
         self, segments: Sequence[Segment], device: torch.device, version: int
@@ -343,9 +344,25 @@ def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def _version(parameters: Sequence[Tensor]) -> int:
-    """A number that grows whenever a parameter is changed in place."""
-    return sum(0 if p.is_inference() else p._version for p in parameters)
+class _State(NamedTuple):
+    trainable: bool
+    adapted: bool  # by PEFT
+    version: int  # grows whenever a parameter is changed in place
+
+
+def _state(module: nn.Module) -> _State:
+    # one walk by hand: torch's iterators take milliseconds, and this is asked in every step
+    trainable, adapted, version = False, False, 0
+    modules = [module]
+    while modules:
+        module = modules.pop()
+        adapted = adapted or isinstance(module, BaseTunerLayer)
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                trainable = trainable or parameter.requires_grad
+                version += 0 if parameter.is_inference() else parameter._version
+        modules.extend(child for child in module._modules.values() if child is not None)
+    return _State(trainable, adapted, version)
 
 
 def _autocast_dtype(device: torch.device) -> Optional[torch.dtype]:
