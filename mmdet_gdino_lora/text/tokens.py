@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import ConfigError
 from .caption import SEPARATOR, CharSpan, caption_of, clean_name
+from .files import text_model
 
 SPECIAL_TOKENS = ('[CLS]', '[SEP]', '.', '?')
 
@@ -477,8 +478,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: No text model there.
     """
-    from .files import text_model
-
     return text_model(name, AutoTokenizer.from_pretrained, use_fast=True)
 
 
