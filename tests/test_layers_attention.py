@@ -123,14 +123,13 @@ def test_adapted_attention_trains_the_adapters_as_peft_does():
 
 def test_attention_never_touches_the_weights():
     _, ours = attention_pair()
-    fuse(with_adapters(ours, ['attn']))
-    before = {k: (v, v.clone(), v._version) for k, v in ours.state_dict(keep_vars=True).items()}
-    weight = ours.attn.base_layer.in_proj_weight
-    gradients(ours, ours(torch.randn(2, 7, 32)))
-    assert ours.attn.base_layer.in_proj_weight is weight
-    for value, copy_of_it, version in before.values():
-        assert value._version == version
-        assert torch.equal(value, copy_of_it)
+    base = with_adapters(ours, ['attn']).attn.base_layer
+    weights = base.in_proj_weight, base.out_proj.base_layer.weight
+    before = [(weight.clone(), weight._version) for weight in weights]
+    ours(torch.randn(2, 7, 32)).sum().backward()
+    assert base.in_proj_weight is weights[0] and base.out_proj.base_layer.weight is weights[1]
+    for weight, (value, version) in zip(weights, before):
+        assert weight._version == version and torch.equal(weight, value)
 
 
 def test_disabled_and_merged_adapters_are_honoured():

@@ -157,7 +157,8 @@ def swin(with_cp: bool) -> SwinTransformer:
         with_cp=with_cp,
     )
     mend_checkpointing(backbone)
-    return backbone.train()
+    backbone.train()  # returns nothing
+    return backbone
 
 
 def backbone_gradients(backbone: nn.Module) -> tuple[dict[str, torch.Tensor], int]:

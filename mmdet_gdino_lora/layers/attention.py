@@ -160,20 +160,6 @@ class FusedMultiheadAttention(MultiheadAttention):
         return adapted_linear(out, out_proj.weight, out_proj.bias, adapters)
 
 
-class StableLoraAttention(LoraMultiheadAttention):
-    """PEFT's container for attention adapters, whose parameters stay the same objects.
-
-    PEFT's registers the base's weights anew whenever its modules are listed or its state is taken,
-    as it has to after its own forward. An optimizer or DDP would hold the old ones.
-    """
-
-    def _restore_weights(self) -> None:
-        base = self.get_base_layer()
-        weights = base.in_proj_weight, base.out_proj.get_base_layer().weight
-        if not all(isinstance(weight, nn.Parameter) for weight in weights):
-            super()._restore_weights()
-
-
 @lru_cache(maxsize=1)
 def peft_out_proj_factor() -> int:
     """How many times the installed PEFT adds the adapter of an attention's output projection.

@@ -8,10 +8,9 @@ from mmcv.cnn.bricks.transformer import MultiheadAttention
 from mmcv.ops import MultiScaleDeformableAttention
 from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.layer import MultiheadAttention as LoraMultiheadAttention
 from torch import nn
 
-from mmdet_gdino_lora.layers.attention import FusedMultiheadAttention, StableLoraAttention
+from mmdet_gdino_lora.layers.attention import FusedMultiheadAttention
 from mmdet_gdino_lora.layers.deformable import FusedDeformableAttention
 from mmdet_gdino_lora.layers.fusion import FusedBiAttention
 from mmdet_gdino_lora.layers.linear import FoldedLoraLinear
@@ -21,7 +20,6 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
     MultiScaleDeformableAttention: FusedDeformableAttention,
     BiMultiHeadAttention: FusedBiAttention,
     LoraLinear: FoldedLoraLinear,
-    LoraMultiheadAttention: StableLoraAttention,
 }
 
 ModuleT = TypeVar('ModuleT', bound=nn.Module)
