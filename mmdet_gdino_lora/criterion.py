@@ -290,7 +290,8 @@ class GroundingDINOCriterion(nn.Module):
                     grad.mul_(weight[..., None])
             # in float64: the background of confident spans is added here and taken away there
             total = sums.sum(dtype=torch.float64)
-            total += span_minus_background(x, *key).sum(dtype=torch.float64)
+            spans = span_minus_background(x, *key).masked_fill_(x == -torch.inf, 0)
+            total += spans.sum(dtype=torch.float64)
             values.append(total.to(sums.dtype))
             if grad is not None:
                 grad[match.span_index] = span_grad(x, *key)

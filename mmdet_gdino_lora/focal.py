@@ -20,24 +20,29 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid, softplus
 
 #: Elements per block on the CPU: what one block needs stays in the cache between operations.
-CPU_BLOCK = 1 << 16
+CPU_BLOCK = 1 << 18
+
+#: Below it, log(1 - p) keeps float32's digits when taken of the rounded p.
+SAFE_LOGIT = 4.0
+
+#: Logits from here down to -inf have equal costs.
+LOWEST_LOGIT = -1000.0
 
 
 def span_minus_background(logits: Tensor, alpha: float, gamma: float) -> Tensor:
-    """``span(x) - background(x)`` of the module's docstring, elementwise; 0 where x is -inf.
+    """``span(x) - background(x)`` of the module's docstring, elementwise.
 
     This is also DETR's class cost for focal losses (Deformable DETR, ``models/matcher.py``:
     ``pos_cost_class - neg_cost_class``), with exact logarithms instead of ``log(p + 1e-8)``.
     """
-    finite = logits > -torch.inf
-    x = torch.where(finite, logits, 0)
-    p, q = x.sigmoid(), (-x).sigmoid()  # not 1 - p, which cancels for confident spans
-    span = alpha * q**gamma * softplus(-x)  # softplus(-x) = -log(p), softplus(x) = -log(1 - p)
-    diff = span - (1 - alpha) * p**gamma * softplus(x)
-    return torch.where(finite, diff, 0)
+    x = logits.clamp(min=LOWEST_LOGIT)
+    p = x.sigmoid()
+    background = softplus(x)  # -log(1 - p); -log(p) is this less x
+    span = (1 - p).pow_(gamma).mul_(alpha).mul_(background - x)
+    return span.sub_(p.pow_(gamma).mul_(background), alpha=1 - alpha)
 
 
 def span_grad(logits: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -64,30 +69,48 @@ def background_focal(
         The sums [B, Q], and the derivative by ``logits`` [B, Q, C] (None without
         ``with_grad``), both in float32 (float64 for float64 logits). Nothing is differentiable.
     """
-    logits = logits.detach()
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    logits = logits.detach()
     sums = logits.new_zeros(logits.shape[:2], dtype=dtype)
     grad = torch.empty_like(logits, dtype=dtype) if with_grad else None
-    if logits.is_cuda:
-        num_tokens = mask.shape[1]
-        x = logits[..., :num_tokens].to(dtype).masked_fill(~mask[:, None], -torch.inf)
-        _background_block(x, alpha, gamma, sums, None if grad is None else grad[..., :num_tokens])
-        if grad is not None:
-            grad[..., num_tokens:] = 0
-        return sums, grad
+    by = _background_by_blocks if logits.device.type == 'cpu' else _background_at_once
+    by(logits, mask, alpha, gamma, sums, grad)
+    return sums, grad
+
+
+def _background_at_once(
+    logits: Tensor, mask: Tensor, alpha: float, gamma: float, sums: Tensor, grad: Tensor | None
+) -> None:
+    """Few large operations, and no look at the mask, which the host would have to wait for."""
+    num_tokens = mask.shape[1]
+    x = logits[..., :num_tokens].to(sums.dtype).masked_fill(~mask[:, None], -torch.inf)
+    _background_block(x, alpha, gamma, sums, None if grad is None else grad[..., :num_tokens])
+    if grad is not None:
+        grad[..., num_tokens:] = 0
+
+
+def _background_by_blocks(
+    logits: Tensor, mask: Tensor, alpha: float, gamma: float, sums: Tensor, grad: Tensor | None
+) -> None:
+    """Operations on what fits the cache, and none on the padding behind an image's caption."""
     for image, valid in enumerate(mask):
-        tokens = valid_prefix(valid)
+        tokens = _valid_prefix(valid)
         holes = not bool(valid[:tokens].all())
         rows = max(1, CPU_BLOCK // max(1, tokens))
-        for start in range(0, logits.shape[1], rows):
+        for start in range(0, logits.shape[1] if tokens else 0, rows):
             here = (image, slice(start, start + rows), slice(0, tokens))
-            x = logits[here].to(dtype)
+            x = logits[here].to(sums.dtype)
             if holes:
                 x = x.masked_fill(~valid[:tokens], -torch.inf)
             _background_block(x, alpha, gamma, sums[here[:2]], None if grad is None else grad[here])
         if grad is not None:
             grad[image, :, tokens:] = 0
-    return sums, grad
+
+
+def _valid_prefix(valid: Tensor) -> int:
+    """Number of columns up to the last True of a [T] mask."""
+    indices = valid.nonzero()
+    return int(indices[-1]) + 1 if len(indices) else 0
 
 
 def _background_block(
@@ -95,24 +118,24 @@ def _background_block(
 ) -> None:
     """Write the sums over the last dimension and the gradient of one block in place."""
     p = x.sigmoid()
-    background = softplus(x)
-    p_gamma = (p**gamma).mul_(1 - alpha)
-    torch.sum(p_gamma * background, dim=-1, out=sums)
+    safe = x.is_cpu and float(x.amax()) < SAFE_LOGIT  # the quick way takes half the time
+    log_q = p.neg().log1p_() if safe else logsigmoid(-x)
+    weight = p.pow(gamma).mul_(1 - alpha)
+    torch.sum(weight * log_q, dim=-1, out=sums)
+    sums.neg_()
     if grad is not None:
-        torch.mul(p_gamma, background.mul_(1 - p).mul_(gamma).add_(p), out=grad)
-
-
-def valid_prefix(valid: Tensor) -> int:
-    """Number of columns up to the last True of a [T] mask. Waits for the device."""
-    indices = valid.nonzero()
-    return int(indices[-1]) + 1 if len(indices) else 0
+        gamma_q = torch.rsub(p, gamma, alpha=gamma)  # gamma * (1 - p)
+        torch.mul(weight, torch.addcmul(p, gamma_q, log_q, value=-1, out=gamma_q), out=grad)
 
 
 class KnownGradient(torch.autograd.Function):
-    """Values [S] whose gradients by S inputs are known: value s depends on input s alone."""
+    """Values [S] whose gradients by S inputs are known: value s depends on input s alone.
+
+    The gradients are scaled in place and handed on, unless the graph is kept for another pass.
+    """
 
     @staticmethod
-    def forward(ctx, values: Tensor, grads: Sequence[Tensor], *inputs: Tensor) -> Tensor:
+    def forward(ctx, values: Tensor, grads: Sequence[Tensor | None], *inputs: Tensor) -> Tensor:
         ctx.grads = list(grads)
         ctx.dtypes = [tensor.dtype for tensor in inputs]
         return values.clone()
@@ -120,10 +143,19 @@ class KnownGradient(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_values: Tensor):
-        scaled = [
-            grad.mul(factor).to(dtype) if needed else None
-            for grad, factor, dtype, needed in zip(
-                ctx.grads, grad_values, ctx.dtypes, ctx.needs_input_grad[2:]
-            )
-        ]
+        kept = _graph_is_kept()
+        scaled = []
+        for s, factor in enumerate(grad_values):
+            grad = ctx.grads[s]
+            if grad is not None and ctx.needs_input_grad[2 + s]:
+                grad = (grad * factor if kept else grad.mul_(factor)).to(ctx.dtypes[s])
+            scaled.append(grad)
+        if not kept:
+            ctx.grads = [None] * len(ctx.grads)
         return (None, None, *scaled)
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward pass was called with ``retain_graph``."""
+    keep_graph = getattr(torch._C._autograd, '_get_current_graph_task_keep_graph', None)
+    return keep_graph is None or keep_graph()

@@ -127,11 +127,20 @@ class HungarianMatcher:
         problems = [
             matrix[rows, layer] for layer in range(num_layers) for matrix, rows in zip(costs, kept)
         ]
-        if any(len(rows) >= THREADED_FROM for rows in kept):
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                solved = list(pool.map(linear_sum_assignment, problems))
-        else:
-            solved = [linear_sum_assignment(problem) for problem in problems]
+        try:
+            if any(len(rows) >= THREADED_FROM for rows in kept):
+                with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                    solved = list(pool.map(linear_sum_assignment, problems))
+            else:
+                solved = [linear_sum_assignment(problem) for problem in problems]
+        except ValueError:
+            bad = [i for i, problem in enumerate(problems) if not np.isfinite(problem).all()]
+            if not bad:
+                raise
+            raise ValueError(
+                f'image {bad[0] % len(costs)} of the batch has matching costs that are NaN or '
+                'infinite: look at its predictions, its target boxes and your own match_costs'
+            ) from None
         pairs = []
         for (target, query), rows in zip(solved, kept * num_layers):
             order = np.argsort(query)
