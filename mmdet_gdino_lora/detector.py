@@ -20,10 +20,15 @@ from torch import Tensor
 
 from .engine.runner_config import annotations_follow_resize, runner_config
 from .errors import ConfigError
+from .layers.checkpointing import mend_checkpointing
+from .layers.contrastive import narrow_logits
 from .layers.decoder import FusedGroundingDinoDecoder
 from .layers.denoising import DenoisingQueryGenerator
 from .layers.encoder import FusedGroundingDinoEncoder
-from .lora import inject, load_base, set_frozen_eval
+from .layers.fuse import fuse
+from .layers.levels import level_tensors
+from .layers.proposals import select_proposals
+from .lora import GradientCheck, inject, install_hooks, load_base, set_frozen_eval
 from .text import TokenizedCaption
 
 NO_DENOISING = dict(group_cfg=dict(dynamic=False, num_groups=1))
@@ -85,6 +90,16 @@ class LoRAGroundingDINO(GroundingDINO):
             load_base(self, base_checkpoint)
         if lora is not None:
             inject(self, lora, train_box_head=train_box_head, trainable=trainable)
+        install_hooks(self, full_checkpoint=full_checkpoint)
+        fuse(self)
+        mend_checkpointing(self.backbone)
+        narrow_logits(self.bbox_head)
+        self._check_adapters = check_adapters and lora is not None
+        self._gradient_check: Optional[GradientCheck] = None
+        self._boxes_in_last_step = 0
+        fuse(self)
+        narrow_logits(self.bbox_head)
+        mend_checkpointing(self.backbone)
         self._class_tokens: dict[Any, Tensor] = {}
         self._boxes_in_original_image: Optional[bool] = None
 
@@ -198,20 +213,41 @@ class LoRAGroundingDINO(GroundingDINO):
         Indexing it by label there spares the step a transfer of labels to the host per image.
         """
         key = (caption.text, num_tokens, device)
-        if key not in self._class_tokens:
-            if len(self._class_tokens) > 64:
+        if key in self._class_tokens:
+            return self._class_tokens[key]
+        table = torch.from_numpy(caption.class_map(num_tokens))
+        if self.dn_query_generator is not None and len(table) > self.bbox_head.num_classes:
+            raise ConfigError(
+                f'model.bbox_head.num_classes={self.bbox_head.num_classes} is less than the '
+                f'{len(table)} classes of the data, and denoising needs a label for each; set it '
+                f'to {len(table)} or more.'
+            )
+        table = table.to(device, non_blocking=True)
+        if isinstance(caption.token_spans, tuple):  # hardly a sampled caption comes twice
+            if len(self._class_tokens) >= 64:
                 self._class_tokens.clear()
-            table = torch.from_numpy(caption.class_map(num_tokens))
-            if self.dn_query_generator is not None and len(table) > self.bbox_head.num_classes:
-                raise ConfigError(
-                    f'model.bbox_head.num_classes={self.bbox_head.num_classes} is less than the '
-                    f'{len(table)} classes of the data, and denoising needs a label for each; '
-                    f'set it to {len(table)} or more.'
-                )
-            self._class_tokens[key] = table.to(device, non_blocking=True)
-        return self._class_tokens[key]
+            self._class_tokens[key] = table
+        return table
 
     # ---------------------------------------------------------------------------------- transformer
+
+    def pre_transformer(
+        self, mlvl_feats: Sequence[Tensor], batch_data_samples: Optional[SampleList] = None
+    ) -> tuple[dict, dict]:
+        """As mmdet's, with the levels' sizes known to the host.
+
+        Args:
+            mlvl_feats: Feature maps [B, C, H, W], one per level.
+            batch_data_samples: With ``img_shape`` and ``batch_input_shape``.
+
+        Returns:
+            Inputs of the encoder and inputs of the decoder.
+        """
+        inputs = super().pre_transformer(mlvl_feats, batch_data_samples)
+        spatial_shapes, level_start_index = level_tensors(mlvl_feats)
+        for part in inputs:
+            part.update(spatial_shapes=spatial_shapes, level_start_index=level_start_index)
+        return inputs
 
     def pre_decoder(
         self,
@@ -239,18 +275,20 @@ class LoRAGroundingDINO(GroundingDINO):
             Inputs of the decoder and inputs of the head.
         """
         last = self.decoder.num_layers
-        classify, regress = self.bbox_head.cls_branches[last], self.bbox_head.reg_branches[last]
-        output_memory, output_proposals = self.gen_encoder_output_proposals(
-            memory, memory_mask, spatial_shapes
+        proposals = select_proposals(
+            memory,
+            memory_mask,
+            spatial_shapes,
+            memory_text,
+            text_token_mask,
+            transform=lambda x: self.memory_trans_norm(self.memory_trans_fc(x)),
+            classify=self.bbox_head.cls_branches[last],
+            regress=self.bbox_head.reg_branches[last],
+            num_queries=self.num_queries,
         )
-        scores = classify(output_memory, memory_text, text_token_mask)
-        selected = torch.topk(scores.max(-1)[0], k=self.num_queries, dim=1)[1][..., None]
-        enc_outputs_class = torch.gather(scores, 1, selected.expand(-1, -1, scores.shape[-1]))
-        coords = regress(output_memory) + output_proposals
-        coords = torch.gather(coords, 1, selected.expand(-1, -1, 4))
 
         query = self.query_embedding.weight[None].expand(len(memory), -1, -1)
-        reference_points = coords.detach()
+        reference_points = proposals.boxes.detach()
         dn_mask, dn_meta = None, None
         if self.training and self.dn_query_generator is not None:
             dn_query, dn_boxes, dn_mask, dn_meta = self.dn_query_generator(batch_data_samples)
@@ -265,8 +303,8 @@ class LoRAGroundingDINO(GroundingDINO):
             text_attention_mask=~text_token_mask,
         )
         head_inputs = dict(
-            enc_outputs_class=enc_outputs_class,
-            enc_outputs_coord=coords.sigmoid(),
+            enc_outputs_class=proposals.logits,
+            enc_outputs_coord=proposals.boxes.sigmoid(),
             dn_meta=dn_meta,
             memory_text=memory_text,
             text_token_mask=text_token_mask,
@@ -305,12 +343,24 @@ class LoRAGroundingDINO(GroundingDINO):
         Returns:
             The head's components under the criterion's names.
         """
+        self._watch_gradients(batch_data_samples)
         captions = self.captions(batch_data_samples)
         text_dict = self.encode_text(captions)
         self._attach_targets(batch_data_samples, captions, text_dict['text_token_mask'])
         features = self.extract_feat(batch_inputs)
         head_inputs = self.forward_transformer(features, text_dict, batch_data_samples)
         return self.bbox_head.loss(**head_inputs, batch_data_samples=batch_data_samples)
+
+    def _watch_gradients(self, batch_data_samples: SampleList) -> None:
+        # Runners of several GPUs never call this detector's train_step, so that a step is known to
+        # be over when the next one begins.
+        if not (self._check_adapters and self.training and torch.is_grad_enabled()):
+            return
+        if self._gradient_check is None:
+            self._gradient_check = GradientCheck(self)
+        else:
+            self._gradient_check.after_step(self._boxes_in_last_step)
+        self._boxes_in_last_step = sum(len(s.gt_instances.labels) for s in batch_data_samples)
 
     def predict(
         self, batch_inputs: Tensor, batch_data_samples: SampleList, rescale: bool = True
@@ -346,6 +396,12 @@ class LoRAGroundingDINO(GroundingDINO):
             features, self.encode_text(captions), batch_data_samples
         )
         for sample, caption in zip(batch_data_samples, captions):
+            if not isinstance(caption.token_spans, tuple):
+                raise ConfigError(
+                    'TokenSpans.num_negatives is set in the test pipeline, so that captions lack '
+                    'classes, which then could not be detected; remove it there, and for classes '
+                    'that take more than one caption set model.test_cfg.chunked_size.'
+                )
             sample.token_positive_map = {
                 label + 1: list(tokens) for label, tokens in enumerate(caption.token_spans)
             }

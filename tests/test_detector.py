@@ -135,8 +135,9 @@ def test_captions_from_the_loader_and_from_class_names_give_the_same_losses(
     for sample in prepared:
         caption = detector.language_model.caption_tokenizer.from_names(NAMES)
         sample.set_metainfo(dict(text=caption.text, caption_tokens=caption))
+    losses = detector.loss(IMAGES, prepared)
     for name, value in detector.loss(IMAGES, samples()).items():
-        assert torch.equal(value, detector.loss(IMAGES, prepared)[name])
+        assert torch.equal(value, losses[name])
 
 
 def test_a_stock_config_needs_only_the_detectors_name(text_dir: str) -> None:
