@@ -17,14 +17,17 @@ from torch import Tensor, nn
 
 import mmdet_gdino_lora  # noqa: F401
 from mmdet_gdino_lora.errors import ConfigError
-from mmdet_gdino_lora.lora import PRESETS, lora_state
+from mmdet_gdino_lora.lora import lora_state
 from tests.builders import WORDS, data_samples, detector_cfg
 
 LABEL = 'dn_query_generator.label_embedding.weight'
 
 
 def build(text_dir: str, **overrides: Any) -> nn.Module:
-    return MODELS.build(detector_cfg(text_dir, **overrides))
+    cfg = detector_cfg(text_dir)
+    for key, value in overrides.items():
+        cfg[key] = value
+    return MODELS.build(cfg)
 
 
 @pytest.fixture(scope='module')
@@ -65,8 +68,8 @@ def train(detector: nn.Module, steps: int = 2) -> dict[str, bool]:
     seen = dict.fromkeys(trained, False)
     for step in range(steps):
         torch.manual_seed(step)
-        samples = data_samples(WORDS[:4], [3, 2], size=32, seed=step)
-        losses = detector.loss(torch.randn(2, 3, 32, 32), samples)
+        samples = data_samples(WORDS[:4], [3, 2], size=48, seed=step)
+        losses = detector.loss(torch.randn(2, 3, 48, 48), samples)
         optimizer.zero_grad()
         sum(value for name, value in losses.items() if 'loss' in name).backward()
         for name, parameter in trained.items():
@@ -80,7 +83,7 @@ def train(detector: nn.Module, steps: int = 2) -> dict[str, bool]:
 def detections(detector: nn.Module) -> tuple[Tensor, Tensor]:
     detector.eval()
     torch.manual_seed(7)
-    results = detector.predict(torch.randn(2, 3, 32, 32), data_samples(WORDS[:4], [1, 1], size=32))
+    results = detector.predict(torch.randn(2, 3, 48, 48), data_samples(WORDS[:4], [1, 1], size=48))
     instances = [result.pred_instances for result in results]
     return torch.cat([i.bboxes for i in instances]), torch.cat([i.scores for i in instances])
 
@@ -100,16 +103,6 @@ def loaded(detector: nn.Module, path: str, caplog: pytest.LogCaptureFixture) -> 
         load_checkpoint(detector, path, logger=logging.getLogger('load'))
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING], caplog.text
     return detector
-
-
-@pytest.mark.parametrize('preset', PRESETS)
-def test_every_preset_starts_equal_to_the_base_and_every_trained_parameter_learns(
-    text_dir: str, base: str, preset: str
-) -> None:
-    plain = build(text_dir, lora=None, base_checkpoint=base)
-    detector = build(text_dir, lora=dict(preset=preset, r=2), base_checkpoint=base)
-    assert same(detections(plain), detections(detector))
-    assert [name for name, seen in train(detector).items() if not seen] == []
 
 
 @pytest.mark.parametrize(
@@ -146,15 +139,14 @@ def test_a_checkpoint_holds_adapters_and_freed_parameters_only(
     detector = build(text_dir, base_checkpoint=base, trainable=[r'^neck\.'])
     trained = {name for name, p in detector.named_parameters() if p.requires_grad}
     assert set(detector.state_dict()) == trained
-    full = build(text_dir, base_checkpoint=base, full_checkpoint=True)
+    full = build(text_dir, base_checkpoint=base, trainable=[r'^neck\.'], full_checkpoint=True)
     assert set(full.state_dict()) > trained
     assert len(build(text_dir).state_dict()) > len(trained)  # a random base is nowhere else
 
 
 def test_buffers_beside_trained_parameters_are_kept(text_dir: str, tmp_path: Path) -> None:
-    norm = dict(norm_cfg=dict(type='BN', requires_grad=True))
-    cfg = detector_cfg(text_dir, lora=None)
-    neck = {**cfg['neck'], **norm}
+    neck = detector_cfg(text_dir)['neck']
+    neck['norm_cfg'] = dict(type='BN', requires_grad=True)
     torch.save(build(text_dir, lora=None, neck=neck).state_dict(), tmp_path / 'base.pth')
     options = dict(neck=neck, base_checkpoint=str(tmp_path / 'base.pth'))
     assert not [n for n in build(text_dir, **options).state_dict() if 'running' in n]

@@ -1,6 +1,7 @@
 """Adapters: where they go, how they are stored, and what they stand on."""
 
 from .base import load_base
+from .checkpoint import install_hooks
 from .gradients import GradientCheck
 from .inject import Report, describe, inject, set_frozen_eval
 from .presets import GROUPS, PRESETS
@@ -14,6 +15,7 @@ __all__ = [
     'Report',
     'describe',
     'inject',
+    'install_hooks',
     'load_base',
     'lora_state',
     'set_frozen_eval',

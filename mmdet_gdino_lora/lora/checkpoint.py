@@ -36,7 +36,7 @@ def install_hooks(detector: nn.Module, *, full_checkpoint: bool = False) -> None
     """Makes the detector save and load as described above, through torch's and mmengine's ways.
 
     Args:
-        detector: An injected detector.
+        detector: Injected, or plain: that one tells adapter checkpoints apart and refuses them.
         full_checkpoint: Whether checkpoints hold the base as well.
     """
     lora_state(detector).full_checkpoint = full_checkpoint
@@ -246,6 +246,8 @@ def _check_base(detector: nn.Module, base: Mapping[str, Any]) -> None:
         MMLogger.get_current_instance().info('Base of the adapter loaded from %s', found)
     theirs, ours = wanted.fingerprint, state.base.fingerprint
     differing = sorted(g for g in {*theirs, *ours} if theirs.get(g) != ours.get(g))
+    if wanted.absent != state.base.absent:  # other classes
+        differing = [group for group in differing if group != LABEL_EMBEDDING.split('.')[0]]
     if differing:
         raise ConfigError(
             f'the adapter was trained on the base {wanted} and the model stands on {state.base}, '

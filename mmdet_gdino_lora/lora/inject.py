@@ -16,7 +16,6 @@ from torch import nn
 
 from ..errors import ConfigError
 from .attention import FrozenMultiheadAttention
-from .checkpoint import install_hooks
 from .presets import (
     GROUPS,
     PRESETS,
@@ -79,7 +78,6 @@ def inject(
     *,
     train_box_head: bool = True,
     trainable: Sequence[str] = (),
-    full_checkpoint: bool = False,
 ) -> Report:
     """Injects one LoRA adapter with PEFT and freezes whatever is not trained.
 
@@ -91,7 +89,6 @@ def inject(
             Modules in ``modules_to_save`` are trained whole.
         train_box_head: Whether the box regression branches are trained.
         trainable: Patterns (``re.search`` on parameter names) of further parameters to train.
-        full_checkpoint: Whether checkpoints hold the frozen base as well.
 
     Returns:
         What is trained now; also written to mmengine's log as a table.
@@ -143,7 +140,6 @@ def inject(
     state.changed.update(n for n, weight in before.items() if not torch.equal(weight, now[n]))
     state.config, state.targets = config, tuple(targets)
     state.preset = preset if preset or fields.get('target_modules') else DEFAULT_PRESET
-    install_hooks(detector, full_checkpoint=full_checkpoint)
     report = describe(detector)
     MMLogger.get_current_instance().info('LoRA injected:\n%s', report.table())
     return report
