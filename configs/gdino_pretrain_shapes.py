@@ -27,6 +27,7 @@ metainfo = dict(
 model = dict(
     type='LoRAGroundingDINO',  # without `lora`: no adapters, every parameter is trained
     num_queries=60,
+    num_feature_levels=3,
     with_box_refine=True,
     as_two_stage=True,
     data_preprocessor=dict(
@@ -65,13 +66,13 @@ model = dict(
         act_cfg=None,
         bias=True,
         norm_cfg=dict(type='GN', num_groups=32),
-        num_outs=4,
+        num_outs=3,
     ),
     encoder=dict(
         num_layers=2,
         num_cp=0,
         layer_cfg=dict(
-            self_attn_cfg=dict(embed_dims=256, num_levels=4, dropout=0.0),
+            self_attn_cfg=dict(embed_dims=256, num_levels=3, dropout=0.0),
             ffn_cfg=dict(embed_dims=256, feedforward_channels=512, ffn_drop=0.0),
         ),
         text_layer_cfg=dict(
@@ -89,7 +90,7 @@ model = dict(
         layer_cfg=dict(
             self_attn_cfg=dict(embed_dims=256, num_heads=8, dropout=0.0),
             cross_attn_text_cfg=dict(embed_dims=256, num_heads=8, dropout=0.0),
-            cross_attn_cfg=dict(embed_dims=256, num_heads=8, dropout=0.0),
+            cross_attn_cfg=dict(embed_dims=256, num_heads=8, num_levels=3, dropout=0.0),
             ffn_cfg=dict(embed_dims=256, feedforward_channels=512, ffn_drop=0.0),
         ),
         post_norm_cfg=None,
@@ -183,7 +184,7 @@ val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=0.0003, weight_decay=0.0001),
+    optimizer=dict(type='AdamW', lr=0.0004, weight_decay=0.0001),
     clip_grad=dict(max_norm=0.1, norm_type=2),
 )
 param_scheduler = [

@@ -142,6 +142,20 @@ def draw_image(
     return image, np.array(boxes, dtype=float).reshape(-1, 4), np.array(labels, dtype=np.int64)
 
 
+def generator(seed: int, split: str, number: int) -> np.random.Generator:
+    """The source of chance of one image.
+
+    Args:
+        seed: Of the data set.
+        split: Name of the split.
+        number: Of the image.
+
+    Returns:
+        A fresh generator.
+    """
+    return np.random.default_rng([seed, zlib.crc32(split.encode()), number])
+
+
 def _background(rng: np.random.Generator) -> np.ndarray:
     """Uneven dull ground with lines, arcs and specks in dull colours. float32 [H, W, 3]"""
     coarse = rng.uniform(30, 190, (4, 4, 1)) + rng.uniform(-22, 22, (4, 4, 3))
@@ -255,8 +269,7 @@ def _write_split(root: Path, name: str, split: Split, seed: int, recipe: str) ->
     unfinished.mkdir(parents=True)
     try:
         for number in range(split.images):
-            rng = np.random.default_rng([seed, zlib.crc32(name.encode()), number])
-            image, boxes, labels = draw_image(rng, split.classes)
+            image, boxes, labels = draw_image(generator(seed, name, number), split.classes)
             file_name = f'{number:06d}.jpg'
             # Encoded here and written by Python: cv2.imwrite reports a full disk as False.
             encoded = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
