@@ -45,8 +45,12 @@ model = dict(
         use_sub_sentence_represent=True,
         special_tokens_list=['[CLS]', '[SEP]', '.', '?'],
         add_pooling_layer=False,
-        # random weights: the folder holds a config and a vocabulary alone
-        init_cfg=dict(type='Normal', layer=['Linear', 'Embedding'], std=0.02),
+        # The folder holds a config and a vocabulary alone. Random weights of BERT's usual size
+        # would mix the words of a name too little to tell "red circle" from "red square".
+        init_cfg=[
+            dict(type='Normal', layer='Embedding', std=0.05),
+            dict(type='Xavier', layer='Linear', distribution='uniform'),
+        ],
     ),
     backbone=dict(
         type='ResNet',
