@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .engine.runner_config import annotations_follow_resize, runner_config
 from .errors import ConfigError
+from .layers import precision
 from .layers.checkpointing import mend_checkpointing
 from .layers.contrastive import narrow_logits
 from .layers.decoder import FusedGroundingDinoDecoder
@@ -53,6 +54,8 @@ class LoRAGroundingDINO(GroundingDINO):
         trainable: Patterns (``re.search`` on parameter names) of further parameters to train.
         check_adapters: Whether training stops when a trainable parameter gets no gradient.
         full_checkpoint: Whether checkpoints hold the frozen base as well.
+        base_dtype: ``'bfloat16'`` keeps the frozen weights in half the bytes (adapters stay
+            float32) and runs the model in mixed precision, ``--amp`` or not.
         bbox_head: Config of the head.
         dn_cfg: Config of the denoising queries; None switches denoising off.
         **kwargs: As for ``GroundingDINO``.
@@ -73,6 +76,7 @@ class LoRAGroundingDINO(GroundingDINO):
         trainable: Sequence[str] = (),
         check_adapters: bool = True,
         full_checkpoint: bool = False,
+        base_dtype: str = 'float32',
         dn_cfg: Optional[dict] = None,
         **kwargs: Any,
     ) -> None:
@@ -94,11 +98,27 @@ class LoRAGroundingDINO(GroundingDINO):
         fuse(self)
         mend_checkpointing(self.backbone)
         narrow_logits(self.bbox_head)
+        self._base_dtype = precision.base_dtype(base_dtype)
+        if self._base_dtype:
+            if not base_checkpoint:
+                raise ConfigError(
+                    f'model.base_dtype={base_dtype!r} needs the base before the weights are cast: '
+                    'set model.base_checkpoint (instead of load_from).'
+                )
+            precision.cast_frozen(self, self._base_dtype)
         self._check_adapters = check_adapters and lora is not None
         self._gradient_check: Optional[GradientCheck] = None
         self._boxes_in_last_step = 0
         fuse(self)
         narrow_logits(self.bbox_head)
+        self._base_dtype = precision.base_dtype(base_dtype)
+        if self._base_dtype:
+            if not base_checkpoint:
+                raise ConfigError(
+                    f'model.base_dtype={base_dtype!r} needs the base before the weights are cast: '
+                    'set model.base_checkpoint (instead of load_from).'
+                )
+            precision.cast_frozen(self, self._base_dtype)
         mend_checkpointing(self.backbone)
         self._class_tokens: dict[Any, Tensor] = {}
         self._boxes_in_original_image: Optional[bool] = None
@@ -333,6 +353,20 @@ class LoRAGroundingDINO(GroundingDINO):
 
     # ---------------------------------------------------------------------- training and prediction
 
+    def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """mmdet's entry, in the precision that the frozen weights need.
+
+        Args:
+            inputs: Normalised images [B, 3, H, W].
+            *args: Data samples, mode.
+            **kwargs: The same by name.
+
+        Returns:
+            As mmdet's, by mode.
+        """
+        with precision.autocast(inputs.device, self._base_dtype):
+            return super().forward(inputs, *args, **kwargs)
+
     def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
         """Weighted loss components of a batch.
 
@@ -425,7 +459,10 @@ class LoRAGroundingDINO(GroundingDINO):
             ``loss``, the components of :meth:`loss` without the denoising queries.
         """
         data = self.data_preprocessor(data, False)
-        inputs, samples = data['inputs'], data['data_samples']
+        with precision.autocast(data['inputs'].device, self._base_dtype):
+            return self._validate(data['inputs'], data['data_samples'])
+
+    def _validate(self, inputs: Tensor, samples: SampleList) -> list:
         if any(map(_is_free_text, samples)) or self.test_cfg.get('chunked_size', -1) > 0:
             return self.predict(inputs, samples)
         captions = self.captions(samples)

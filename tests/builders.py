@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
+from torch import nn
 
 WORDS = ['red', 'blue', 'green', 'dog', 'hot', 'cat', 'star'] + [
     'circle',
@@ -204,6 +206,19 @@ def detector_cfg(text_dir: str, **overrides: Any) -> ConfigDict:
 def _own(cfg: dict) -> ConfigDict:
     # A deep copy, for mmdet's constructors write into their configs.
     return ConfigDict(json.loads(json.dumps(cfg)))
+
+
+def build(cfg: ConfigDict) -> nn.Module:
+    """Builds a detector, always from the same random numbers.
+
+    Args:
+        cfg: A model config.
+
+    Returns:
+        The detector.
+    """
+    torch.manual_seed(0)
+    return MODELS.build(cfg)
 
 
 def data_samples(

@@ -6,36 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from mmdet.registry import MODELS
-from mmengine.config import ConfigDict
 from torch import Tensor, nn
 
 from mmdet_gdino_lora import LoRAGroundingDINO
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora import PRESETS
-from tests.builders import WORDS, data_samples, detector_cfg, stock_cfg
+from tests.builders import WORDS, build, data_samples, detector_cfg, stock_cfg
 
 NAMES = ['hot dog', 'dog', 'red_circle', 'small bird (left)', 'car', 'green star']
 IMAGES = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
-
-
-def build(cfg: ConfigDict) -> nn.Module:
-    torch.manual_seed(0)
-    return MODELS.build(cfg)
-
-
-@pytest.fixture(scope='module')
-def base(text_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A base checkpoint with weights far enough from their initial values to tell models apart."""
-    detector = build(detector_cfg(text_dir, lora=None))
-    detector.init_weights()
-    with torch.no_grad():
-        for name, parameter in detector.named_parameters():
-            if 'language_model' not in name:
-                parameter.add_(torch.randn_like(parameter) * 0.02)
-    path = str(tmp_path_factory.mktemp('base') / 'base.pth')
-    torch.save(dict(state_dict=detector.state_dict()), path)
-    return path
 
 
 def stock_with_our_text_encoder(text_dir: str, base: str) -> nn.Module:
