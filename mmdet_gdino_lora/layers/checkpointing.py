@@ -27,7 +27,12 @@ def run_checkpointed(module: nn.Module, **inputs: Any) -> Any:
     """
     if not gradient_flows(module, *inputs.values()):
         return module(**inputs)
-    return checkpoint(module, use_reentrant=False, **inputs)
+
+    # By position: what is kept for the backward pass is then known to torch as such.
+    def run(*values: Any) -> Any:
+        return module(**dict(zip(inputs, values)))
+
+    return checkpoint(run, *inputs.values(), use_reentrant=False)
 
 
 class CheckpointedSwinBlock(SwinBlock):
