@@ -109,17 +109,6 @@ class LoRAGroundingDINO(GroundingDINO):
         self._check_adapters = check_adapters and lora is not None
         self._gradient_check: Optional[GradientCheck] = None
         self._boxes_in_last_step = 0
-        fuse(self)
-        narrow_logits(self.bbox_head)
-        self._base_dtype = precision.base_dtype(base_dtype)
-        if self._base_dtype:
-            if not base_checkpoint:
-                raise ConfigError(
-                    f'model.base_dtype={base_dtype!r} needs the base before the weights are cast: '
-                    'set model.base_checkpoint (instead of load_from).'
-                )
-            precision.cast_frozen(self, self._base_dtype)
-        mend_checkpointing(self.backbone)
         self._class_tokens: dict[Any, Tensor] = {}
         self._boxes_in_original_image: Optional[bool] = None
 
