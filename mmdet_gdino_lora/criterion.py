@@ -21,7 +21,16 @@ from .focal import (
     span_minus_background,
 )
 from .matching import BoxGIoUCost, BoxL1Cost, HungarianMatcher, TokenFocalCost
-from .matching.pairs import QuerySet, to_host
+from .matching.assignment import (
+    LayerMatches,
+    denoising_assignment,
+    layer_indices,
+    on_device,
+    to_device,
+    to_host,
+)
+from .matching.pairs import QuerySet
+from .matching.targets import Targets
 
 COMPONENTS = ('ce', 'bbox', 'giou')
 
@@ -147,62 +156,31 @@ class GroundingDINOCriterion(nn.Module):
                 (named by layer and image).
         """
         with torch.autocast(outputs['pred_logits'].device.type, enabled=False):
-            batch = _Batch(outputs, targets)
-            groups = self._groups(outputs, batch)
-            return self._losses(groups, batch)
+            targets = Targets(outputs, targets)
+            return self._losses(self._groups(outputs, targets), targets)
 
-    def _groups(self, outputs: Mapping[str, Any], batch: _Batch) -> list[_Group]:
-        """Sort the predictions by what they are matched to."""
+    def _groups(self, outputs: Mapping[str, Any], targets: Targets) -> list[_Group]:
+        """Sort the predictions by how they get their targets."""
         aux = list(outputs.get('aux_outputs') or ())
         enc = outputs.get('enc_outputs')
         self._check_auxiliary(len(aux), enc is not None)
-        groups = [
-            _Group(
-                suffixes=['', *(f'_{i}' for i in range(len(aux)))],
-                queries=QuerySet(
-                    [f'decoder layer {len(aux)} (the last)']
-                    + [f'decoder layer {i}' for i in range(len(aux))],
-                    [layer['pred_logits'] for layer in (outputs, *aux)],
-                    [layer['pred_boxes'] for layer in (outputs, *aux)],
-                    batch.mask,
-                    batch.spans,
-                ),
-            )
-        ]
+        names = [f'decoder layer {i}' for i in range(len(aux) + 1)]
+        groups = [_Group(['', *_numbered(len(aux))], _queries(names, [*aux, outputs], targets))]
         if enc is not None:
-            logits, mask, spans = enc['pred_logits'], batch.mask, batch.spans
+            queries = _queries(['the encoder'], [enc], targets)
             if self.enc_target == 'objectness':
-                logits = objectness(logits, mask)
-                mask = mask.new_ones((len(mask), 1))
-                spans = [mask.new_ones((len(rows), 1)) for rows in spans]
-            groups.append(
-                _Group(
-                    one_class=self.enc_target == 'objectness',
-                    suffixes=['_enc'],
-                    queries=QuerySet(['the encoder'], [logits], [enc['pred_boxes']], mask, spans),
-                )
-            )
+                queries.logits = [objectness(enc['pred_logits'], targets.mask)]
+                queries.mask = targets.mask.new_ones((len(targets.mask), 1))
+                queries.spans = [queries.mask.new_ones((len(s), 1)) for s in targets.spans]
+            groups.append(_Group(['_enc'], queries, one_class=self.enc_target == 'objectness'))
         denoising = outputs.get('dn_outputs')
         if denoising is not None:
-            logits, boxes = denoising['pred_logits'], denoising['pred_boxes']
-            suffixes = ['_dn', *(f'_dn_{i}' for i in range(len(logits) - 1))]
-            groups.append(
-                _Group(
-                    suffixes=suffixes,
-                    queries=QuerySet(
-                        [f'the denoising queries of decoder layer {i}' for i in range(len(logits))],
-                        list(logits.unbind()),
-                        list(boxes.unbind()),
-                        batch.mask,
-                        batch.spans,
-                    ),
-                    dn_groups=int(denoising['num_groups']),
-                )
-            )
-            # as in the decoder: the last layer first
-            queries = groups[-1].queries
-            for per_layer in (queries.names, queries.logits, queries.boxes):
-                per_layer.insert(0, per_layer.pop())
+            logits, boxes = denoising['pred_logits'].unbind(), denoising['pred_boxes'].unbind()
+            layers = [dict(pred_logits=a, pred_boxes=b) for a, b in zip(logits, boxes)]
+            names = [f'the denoising queries of decoder layer {i}' for i in range(len(layers))]
+            suffixes = ['_dn', *(f'_dn{i}' for i in _numbered(len(layers) - 1))]
+            queries = _queries(names, layers, targets)
+            groups.append(_Group(suffixes, queries, dn_groups=int(denoising['num_groups'])))
         return groups
 
     def _check_auxiliary(self, num_aux: int, has_enc: bool) -> None:
@@ -229,29 +207,13 @@ class GroundingDINOCriterion(nn.Module):
             stacklevel=4,
         )
 
-    def _losses(self, groups: list[_Group], batch: _Batch) -> dict[str, Tensor]:
+    def _losses(self, groups: list[_Group], targets: Targets) -> dict[str, Tensor]:
         for group in groups:
             self._background(group)
-        on_device = []
-        for group in groups:
-            on_device.append(group.finiteness())
-            if not group.dn_groups:
-                on_device += self.matcher.cost_matrices(group.queries, batch.targets)
-        # the step's one wait for the device
-        host = iter(to_host([batch.keep, batch.all_spans, *on_device]))
-        batch.arrived(next(host), next(host))
-        for group in groups:
-            group.check_finite(next(host))
-            if group.dn_groups:
-                group.assignment = denoising_assignment(group, batch.rows)
-            else:
-                costs = [next(host) for _ in batch.targets]
-                group.assignment = self.matcher.assign(costs, batch.rows)
-
-        matches = _Matches(groups, batch)
-        divisor = _num_boxes(batch, groups)
+        matches = self._match(groups, targets)
+        divisor = _num_boxes(targets, groups)
         ce = self._class_losses(groups, matches)
-        bbox, giou = _box_losses(groups, matches, batch)
+        bbox, giou = _box_losses(groups, matches, targets)
         suffixes = [suffix for group in groups for suffix in group.suffixes]
         components = [(values / divisor).unbind() for values in (ce, bbox, giou)]
         return {
@@ -259,6 +221,31 @@ class GroundingDINOCriterion(nn.Module):
             for i, suffix in enumerate(suffixes)
             for name, values in zip(COMPONENTS, components)
         }
+
+    def _match(self, groups: list[_Group], targets: Targets) -> list[LayerMatches]:
+        """The matched pairs of every layer of every group."""
+        wanted = targets.for_host()
+        for group in groups:
+            wanted.append(group.finiteness())
+            if not group.dn_groups:
+                wanted += self.matcher.cost_matrices(group.queries, targets.per_image)
+        host = iter(to_host(wanted))
+        targets.arrived(next(host), next(host))
+        layers = []
+        for group in groups:
+            group.check_finite(next(host))
+            num_queries = group.queries.logits[0].shape[1]
+            if group.dn_groups:
+                assignment = denoising_assignment(
+                    num_queries, group.dn_groups, len(group.suffixes), targets.rows
+                )
+            else:
+                costs = [next(host) for _ in targets.per_image]
+                assignment = self.matcher.assign(costs, targets.rows)
+            layers += [
+                layer_indices(layer, num_queries, targets, group.one_class) for layer in assignment
+            ]
+        return on_device(layers, targets.device)
 
     def _background(self, group: _Group) -> None:
         """The dense part of the class loss, which doesn't wait for the matching."""
@@ -274,7 +261,7 @@ class GroundingDINOCriterion(nn.Module):
         group.grads = [grad for _, grad in results]
 
     @torch.no_grad()
-    def _span_terms(self, group: _Group, matches: list[_LayerMatches]) -> Tensor:
+    def _span_terms(self, group: _Group, matches: list[LayerMatches]) -> Tensor:
         """Finish the class losses [L] of a group, and their gradients in place."""
         key = (self.focal_alpha, self.focal_gamma)
         values = []
@@ -297,11 +284,11 @@ class GroundingDINOCriterion(nn.Module):
                 grad[match.span_index] = span_grad(x, *key)
         return torch.stack(values)
 
-    def _class_losses(self, groups: list[_Group], matches: _Matches) -> Tensor:
+    def _class_losses(self, groups: list[_Group], matches: list[LayerMatches]) -> Tensor:
         """Summed class loss [S] of every layer of every group."""
-        values, grads, logits = [], [], []
-        for group, of_group in zip(groups, matches.by_group()):
-            values.append(self._span_terms(group, of_group))
+        values, grads, logits, of_layers = [], [], [], iter(matches)
+        for group in groups:
+            values.append(self._span_terms(group, [next(of_layers) for _ in group.suffixes]))
             grads += group.grads
             logits += group.queries.logits
         return KnownGradient.apply(torch.cat(values), grads, *logits)
@@ -329,63 +316,11 @@ def objectness(logits: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         logits: [B, Q, C], C at least T.
-        mask: [B, T] bool, True for valid tokens.
+        mask: [B, T] bool, True for valid tokens. An image without any has -inf.
     """
     valid = logits.detach()[..., : mask.shape[1]].masked_fill(~mask[:, None], -torch.inf)
-    return logits.gather(-1, valid.argmax(dim=-1, keepdim=True))
-
-
-class _Batch:
-    """Targets of a batch, on the device, and after the transfer also on the host."""
-
-    def __init__(self, outputs: Mapping[str, Any], targets: Sequence[Mapping[str, Any]]) -> None:
-        logits = outputs['pred_logits']
-        self.device = logits.device
-        self.mask = outputs['text_token_mask'].to(self.device, non_blocking=True).bool()
-        num_tokens = self.mask.shape[1]
-        if len(targets) != len(logits) or len(self.mask) != len(logits):
-            raise ValueError(
-                f'pred_logits has {len(logits)} images, text_token_mask {len(self.mask)}, '
-                f'targets {len(targets)}'
-            )
-        if logits.shape[-1] < num_tokens:
-            raise ValueError(
-                f'pred_logits has {logits.shape[-1]} tokens, text_token_mask {num_tokens}'
-            )
-        self.targets = []
-        self.spans = []
-        keep = []
-        for image, (target, valid) in enumerate(zip(targets, self.mask)):
-            labels, boxes, tokens = (
-                target[key].to(self.device, non_blocking=True)
-                for key in ('labels', 'boxes', 'token_labels')
-            )
-            if not len(labels) == len(boxes) == len(tokens):
-                raise ValueError(
-                    f'target of image {image}: {len(labels)} labels, {len(boxes)} boxes, '
-                    f'{len(tokens)} rows of token_labels'
-                )
-            boxes = boxes.detach().to(torch.promote_types(boxes.dtype, torch.float32)).view(-1, 4)
-            self.targets.append({**target, 'labels': labels, 'boxes': boxes})
-            spans = valid.new_zeros((len(labels), num_tokens))
-            if len(labels):
-                tokens = tokens[:, :num_tokens]
-                torch.logical_and(
-                    tokens > 0, valid[: tokens.shape[1]], out=spans[:, : tokens.shape[1]]
-                )
-            self.spans.append(spans)
-            keep.append(labels >= 0)
-        self.sizes = [len(rows) for rows in self.spans]
-        self.boxes = torch.cat([target['boxes'] for target in self.targets])
-        self.all_spans = torch.cat(self.spans)
-        self.keep = torch.cat(keep)
-
-    def arrived(self, keep: np.ndarray, spans: np.ndarray) -> None:
-        """Take in what the host has to know of the targets."""
-        self.first = np.cumsum([0, *self.sizes[:-1]])
-        self.rows = np.split(keep.astype(bool), self.first[1:])
-        self.host_spans = spans.astype(bool)
-        self.num_boxes = int(keep.sum())
+    largest = logits.gather(-1, valid.argmax(dim=-1, keepdim=True))
+    return largest.masked_fill(~mask.any(dim=1)[:, None, None], -torch.inf)
 
 
 @dataclass
@@ -398,15 +333,13 @@ class _Group:
         dn_groups: Number of denoising groups; 0 for queries that are matched.
         one_class: The only token is objectness, which every target spans.
         grads: Per layer the gradient of the summed class loss, or None.
-        assignment: Per layer and image, (queries, targets).
     """
 
     suffixes: list[str]
     queries: QuerySet
     dn_groups: int = 0
     one_class: bool = False
-    grads: list[Tensor | None] = ()
-    assignment: list = ()
+    grads: Sequence[Tensor | None] = ()
 
     def finiteness(self) -> Tensor:
         """[2, L, B], finite where the logits and the boxes of a layer and image are."""
@@ -426,69 +359,25 @@ class _Group:
             )
 
 
-def denoising_assignment(group: _Group, rows: Sequence[np.ndarray]) -> list:
-    """The known assignment of denoising queries (DINO, sec. 3.3), per layer and image.
-
-    In each group the first half of the queries are noised targets, in the targets' order and
-    padded to the image with the most; the second half are negatives, which have no target.
-    """
-    num_queries = group.queries.logits[0].shape[1]
-    per_group = num_queries // group.dn_groups
-    starts = np.arange(group.dn_groups)[:, None] * per_group
-    images = []
-    for keep in rows:
-        target = np.flatnonzero(keep)
-        query = (starts + target).reshape(-1)
-        images.append((query, np.tile(target, group.dn_groups)))
-    return [images] * len(group.queries.logits)
+def _numbered(count: int) -> list[str]:
+    return [f'_{i}' for i in range(count)]
 
 
-@dataclass
-class _LayerMatches:
-    """Matched pairs of one layer on the device.
-
-    Attributes:
-        query: [M] numbers among all B * Q queries of the layer.
-        target: [M] numbers among all targets of the batch.
-        span_index: Image, query and token of every (matched query, span token).
-    """
-
-    query: Tensor
-    target: Tensor
-    span_index: tuple[Tensor, Tensor, Tensor]
+def _queries(names: list[str], layers: list[Mapping[str, Any]], targets: Targets) -> QuerySet:
+    """Layers in the order of their component names: the last one has no number, so it is first."""
+    names, layers = [names[-1], *names[:-1]], [layers[-1], *layers[:-1]]
+    return QuerySet(
+        names,
+        [layer['pred_logits'] for layer in layers],
+        [layer['pred_boxes'] for layer in layers],
+        targets.mask,
+        targets.spans,
+    )
 
 
-class _Matches:
-    """Assignments as index tensors, made on the host and uploaded together."""
-
-    def __init__(self, groups: list[_Group], batch: _Batch) -> None:
-        arrays = []
-        self.num_layers = [len(group.suffixes) for group in groups]
-        for group in groups:
-            num_queries = group.queries.logits[0].shape[1]
-            for layer in group.assignment:
-                query = np.concatenate([q for q, _ in layer])
-                target = np.concatenate([t + first for (_, t), first in zip(layer, batch.first)])
-                image = np.repeat(np.arange(len(layer)), [len(q) for q, _ in layer])
-                if group.one_class:
-                    row, token = np.arange(len(query)), np.zeros(len(query), np.int64)
-                else:
-                    row, token = np.nonzero(batch.host_spans[target])
-                arrays += [image * num_queries + query, target, image[row], query[row], token]
-        flat = torch.from_numpy(np.concatenate(arrays).astype(np.int64, copy=False))
-        parts = _to_device(flat, batch.device).split([len(array) for array in arrays])
-        self.layers = [
-            _LayerMatches(query, target, (image, row, token))
-            for query, target, image, row, token in zip(*[iter(parts)] * 5)
-        ]
-
-    def by_group(self) -> list[list[_LayerMatches]]:
-        """The layers of each group."""
-        layers = iter(self.layers)
-        return [[next(layers) for _ in range(count)] for count in self.num_layers]
-
-
-def _box_losses(groups: list[_Group], matches: _Matches, batch: _Batch) -> tuple[Tensor, Tensor]:
+def _box_losses(
+    groups: list[_Group], matches: list[LayerMatches], targets: Targets
+) -> tuple[Tensor, Tensor]:
     """Summed L1 [S] and 1 - GIoU [S] of the matched pairs of every layer (DETR, eqs. 9, 10).
 
     Without pairs they are zero, yet part of the graph: in distributed training every parameter
@@ -496,26 +385,26 @@ def _box_losses(groups: list[_Group], matches: _Matches, batch: _Batch) -> tuple
     """
     boxes = [boxes.flatten(0, 1) for group in groups for boxes in group.queries.boxes]
     index, first = [], 0
-    for layer, match in zip(boxes, matches.layers):
+    for layer, match in zip(boxes, matches):
         index.append(match.query + first)
         first += len(layer)
     predicted = torch.cat(boxes).index_select(0, torch.cat(index))
     predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
-    target = batch.boxes.index_select(0, torch.cat([match.target for match in matches.layers]))
+    target = targets.boxes.index_select(0, torch.cat([match.target for match in matches]))
     distance = BoxDistance.between(predicted.unbind(1), target.unbind(1))
     losses = torch.stack((distance.l1(), 1 - distance.giou()))
-    per_layer = losses.split([len(match.query) for match in matches.layers], dim=1)
+    per_layer = losses.split([len(match.query) for match in matches], dim=1)
     return torch.stack([layer.sum(1) for layer in per_layer], dim=1).unbind()
 
 
-def _num_boxes(batch: _Batch, groups: list[_Group]) -> Tensor:
+def _num_boxes(targets: Targets, groups: list[_Group]) -> Tensor:
     """Divisor of every layer's losses [S]: boxes in the batch, averaged over ranks, at least 1.
 
     For denoising queries every group counts the boxes again, as in mmdet's and DINO's heads.
     """
     dn_groups = max(group.dn_groups for group in groups)
-    counts = torch.tensor([batch.num_boxes, batch.num_boxes * dn_groups], dtype=torch.float32)
-    counts = _to_device(counts, batch.device)
+    counts = torch.tensor([targets.num_boxes, targets.num_boxes * dn_groups], dtype=torch.float32)
+    counts = to_device(counts, targets.device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(counts)
         counts = counts / torch.distributed.get_world_size()
@@ -523,10 +412,3 @@ def _num_boxes(batch: _Batch, groups: list[_Group]) -> Tensor:
     return torch.cat(
         [counts[int(group.dn_groups > 0)].expand(len(group.suffixes)) for group in groups]
     )
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Upload without waiting for the device."""
-    if device.type != 'cuda':
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -147,7 +147,7 @@ class KnownGradient(torch.autograd.Function):
         scaled = []
         for s, factor in enumerate(grad_values):
             grad = ctx.grads[s]
-            if grad is not None and ctx.needs_input_grad[2 + s]:
+            if grad is not None:
                 grad = (grad * factor if kept else grad.mul_(factor)).to(ctx.dtypes[s])
             scaled.append(grad)
         if not kept:

@@ -193,12 +193,8 @@ class Reference:
             weight[query] = 1
             ce = ce + (self.focal(logits, target_map) * weight).sum()
             bbox = bbox + (boxes[query] - wanted[index]).abs().sum()
-            for q, t in zip(query, index):
-                giou_loss = (
-                    giou_loss
-                    + 1
-                    - giou(corners(boxes[q : q + 1]), corners(wanted[t : t + 1])).squeeze()
-                )
+            overlap = giou(corners(boxes[query]), corners(wanted[index])).diagonal()
+            giou_loss = giou_loss + (1 - overlap).sum()
         count = sum(int((target['labels'] >= 0).sum()) for target in targets)
         divisor = max(1, count * max(groups, 1))
         return ce / divisor, bbox / divisor, giou_loss / divisor

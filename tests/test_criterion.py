@@ -19,7 +19,7 @@ from tests.objective import (
 )
 
 SETTINGS = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
 )
 
 
@@ -372,3 +372,14 @@ def test_whole_tensors_and_blocks_agree():
         results.append((sums, grad))
     for mine, other in zip(*results):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-9)
+
+
+def test_an_image_without_any_valid_token_still_trains_its_boxes():
+    outputs, targets = draw(23, (3, 2), 12, 8)
+    outputs['text_token_mask'][1] = False
+    losses = criterion()(outputs, targets)
+    assert all(value.isfinite() for value in losses.values())
+    sum(losses.values()).backward()
+    for layer in (outputs, outputs['enc_outputs']):
+        assert not layer['pred_logits'].grad[1].any()
+        assert layer['pred_boxes'].grad[1].any()

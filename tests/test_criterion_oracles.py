@@ -22,7 +22,7 @@ from tests.objective import (
 )
 
 SETTINGS = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
 )
 SIZES = st.lists(st.integers(0, 60), min_size=1, max_size=3)
 HEIGHT, WIDTH = 480, 640

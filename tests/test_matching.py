@@ -27,7 +27,7 @@ from mmdet_gdino_lora.matching.pairs import QuerySet
 from tests.objective import Reference, corners, draw, giou
 
 SETTINGS = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
 )
 HEIGHT, WIDTH = 480, 640
 STOCK = [

@@ -18,14 +18,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..boxes import cxcywh_to_xyxy
+from .assignment import Assignment, to_host
 from .costs import BatchedCost, BoxGIoUCost, BoxL1Cost, TokenFocalCost
-from .pairs import QuerySet, to_host
+from .pairs import QuerySet
+from .targets import Targets
 
 #: Boxes in one image from which threads pay (scipy releases the interpreter lock).
 THREADED_FROM = 64
-
-#: Per layer and image: numbers of the matched queries, and of their targets.
-Assignment = list[list[tuple[np.ndarray, np.ndarray]]]
 
 
 class HungarianMatcher:
@@ -62,19 +61,22 @@ class HungarianMatcher:
             Per image the numbers of the matched queries, ascending, and of their targets: int64,
             min(Q, N) of each.
         """
-        mask = outputs['text_token_mask'].bool()
-        spans = [(target['token_labels'] > 0) & valid for target, valid in zip(targets, mask)]
+        targets = [{'labels': t['boxes'].new_zeros(len(t['boxes'])), **t} for t in targets]
+        targets = Targets(outputs, targets)
         queries = QuerySet(
-            ['layer'], [outputs['pred_logits']], [outputs['pred_boxes']], mask, spans
+            ['layer'],
+            [outputs['pred_logits']],
+            [outputs['pred_boxes']],
+            targets.mask,
+            targets.spans,
         )
-        costs = to_host(self.cost_matrices(queries, targets))
-        keep = [
-            target['labels'].cpu().numpy() >= 0 if 'labels' in target else np.ones(len(s), bool)
-            for target, s in zip(targets, spans)
-        ]
+        keep, spans, *costs = to_host(
+            [*targets.for_host(), *self.cost_matrices(queries, targets.per_image)]
+        )
+        targets.arrived(keep, spans)
         return [
             (torch.from_numpy(query), torch.from_numpy(target))
-            for query, target in self.assign(costs, keep)[0]
+            for query, target in self.assign(costs, targets.rows)[0]
         ]
 
     __call__ = forward

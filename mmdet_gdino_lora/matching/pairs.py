@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,7 +50,7 @@ class QuerySet:
         num_layers, num_queries = len(self.logits), self.logits[0].shape[1]
         per_block = num_layers
         tokens = None
-        if not spans.is_cuda:  # on a GPU the host doesn't know the tokens, and needn't
+        if spans.device.type == 'cpu':  # elsewhere the host would have to wait for the tokens
             per_block = max(1, CPU_BLOCK // max(1, num_queries * len(spans)))
             tokens = spans.any(dim=0).nonzero().squeeze(1)
             spans = spans[:, tokens]
@@ -120,7 +119,7 @@ class Pairs:
             else logits[self.image].index_select(1, self.tokens)
             for logits in self.queries.logits[self.layers]
         ]
-        return torch.cat(columns).detach().to(self.target_dtype(columns[0]))
+        return torch.cat(columns).detach().to(self.cost_dtype(columns[0]))
 
     def background(self, alpha: float, gamma: float) -> Tensor:
         """Per query [l * Q], the focal loss of calling every valid token background."""
@@ -131,24 +130,12 @@ class Pairs:
         """The boxes compared; fields [N, l * Q]."""
         if self._distance is None:
             boxes = torch.cat([boxes[self.image] for boxes in self.queries.boxes[self.layers]])
-            boxes = boxes.detach().to(self.target_dtype(boxes)).t().contiguous()
+            boxes = boxes.detach().to(self.cost_dtype(boxes)).t().contiguous()
             targets = self.target_boxes.to(boxes.dtype).t()[:, :, None]
             self._distance = BoxDistance.between(boxes.unbind(), targets.unbind())
         return self._distance
 
     @staticmethod
-    def target_dtype(tensor: Tensor) -> torch.dtype:
+    def cost_dtype(tensor: Tensor) -> torch.dtype:
         """float32 for half precision: costs are compared, and bf16 has three digits."""
         return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def to_host(tensors: Sequence[Tensor]) -> list:
-    """Numpy arrays of tensors, float32 each, by one transfer and one wait for the device."""
-    if not tensors or not tensors[0].is_cuda:
-        return [tensor.detach().numpy() for tensor in tensors]
-    flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors])
-    staged = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
-    staged.copy_(flat, non_blocking=True)
-    torch.cuda.current_stream(flat.device).synchronize()
-    parts = staged.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape).numpy() for part, tensor in zip(parts, tensors)]
