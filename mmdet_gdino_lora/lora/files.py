@@ -1,0 +1,146 @@
+"""Adapter folders in PEFT's format, and plain checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+import torch
+from peft import get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..engine.atomic import atomic
+from ..errors import ConfigError
+from .checkpoint import RECORD, own_names, record
+from .inject import adapter_layers, describe
+from .state import lora_state
+from .tensors import LABEL_EMBEDDING, base_name, own_tensors
+
+PEFT_PREFIX = 'base_model.model.'
+
+
+def write_weights(
+    path: str, weights: Mapping[str, Tensor], meta: Optional[Mapping[str, Any]] = None
+) -> None:
+    """Writes a plain checkpoint, atomically.
+
+    Args:
+        path: ``.safetensors``, or ``.pth`` in mmengine's form.
+        weights: By plain name.
+        meta: Goes into the checkpoint's ``meta``; class names and the like.
+    """
+    with atomic(path) as partial:
+        if path.endswith('.safetensors'):
+            plain = {name: tensor.contiguous() for name, tensor in weights.items()}
+            save_file(plain, partial, metadata={'format': 'pt'})
+        else:
+            torch.save(dict(meta=dict(meta or {}), state_dict=dict(weights)), partial)
+
+
+def export_adapter(
+    detector: nn.Module,
+    folder: str,
+    *,
+    classes: Sequence[str] = (),
+    metrics: Optional[Mapping[str, float]] = None,
+) -> None:
+    """Writes the adapter in PEFT's own format, with a model card.
+
+    ``peft.PeftModel.from_pretrained(detector, folder)`` loads it onto mmdet's plain detector with
+    the same base. Parameters trained beside the adapters become PEFT's ``modules_to_save``. The
+    denoising label embedding stays out, as only training reads it.
+
+    Args:
+        detector: Tuned.
+        folder: Created if missing; files in it are replaced one by one, the weights last.
+        classes: Class names, for the card.
+        metrics: For the card.
+
+    Raises:
+        ConfigError: For a freed parameter that PEFT's format has no place for.
+    """
+    config = lora_state(detector).config
+    saved = _saved_modules(detector)
+    own = own_tensors(detector)
+    weights = get_peft_model_state_dict(detector, state_dict=dict(own))
+    for name in saved:
+        weights.update({n: t for n, t in own.items() if n.startswith(f'{name}.')})
+    weights = {PEFT_PREFIX + n: t.detach().cpu().contiguous() for n, t in weights.items()}
+    base = lora_state(detector).base
+    exported = dataclasses.replace(
+        config,
+        modules_to_save=saved or None,
+        inference_mode=True,
+        base_model_name_or_path=base.source if base else None,
+    )
+    fields = {k: sorted(v) if isinstance(v, set) else v for k, v in exported.to_dict().items()}
+    _write_text(os.path.join(folder, 'adapter_config.json'), json.dumps(fields, indent=2))
+    _write_text(os.path.join(folder, 'README.md'), _card(detector, classes, metrics or {}))
+    with atomic(os.path.join(folder, 'adapter_model.safetensors')) as partial:
+        save_file(weights, partial, metadata={'format': 'pt', RECORD: json.dumps(record(detector))})
+
+
+def _write_text(path: str, text: str) -> None:
+    with atomic(path) as partial, open(partial, 'w', encoding='utf-8') as file:
+        file.write(text + '\n')
+
+
+def _saved_modules(detector: nn.Module) -> list[str]:
+    """Modules whose weights the adapter replaces whole."""
+    layers = adapter_layers(detector)
+    saved: dict[str, None] = {}
+    for name in sorted(n for n in own_names(detector) if '.lora_' not in n):
+        plain = base_name(name)
+        if plain == LABEL_EMBEDDING:
+            continue
+        owner = plain.rpartition('.')[0]
+        if not owner or any(owner == a or owner.startswith(f'{a}.') for a in layers):
+            raise ConfigError(
+                f"{plain} differs from the base's, and PEFT's format has no place for it; use "
+                'tools/merge_adapter.py instead.'
+            )
+        if not isinstance(detector.get_submodule(owner), BaseTunerLayer):
+            saved[owner] = None
+    return list(saved)
+
+
+def _card(detector: nn.Module, classes: Sequence[str], metrics: Mapping[str, float]) -> str:
+    state, report = lora_state(detector), describe(detector)
+    base = state.base.source if state.base else 'random weights'
+    lines = [
+        '---',
+        'library_name: peft',
+        f'base_model: {json.dumps(base)}',
+        'pipeline_tag: zero-shot-object-detection',
+        'tags: [lora, grounding-dino, mmdetection]',
+        '---',
+        '',
+        '# Grounding DINO adapter',
+        '',
+        f'- base: `{state.base or base}`',
+        f'- preset: `{state.preset}`, {len(state.targets)} modules, r={state.config.r}, '
+        f'alpha={state.config.lora_alpha}',
+        f'- trained: {report.num_trained:,} of {report.total:,} parameters',
+    ]
+    if classes:
+        lines.append(f'- classes: {", ".join(classes)}')
+    if metrics:
+        lines += ['', '| metric | value |', '|---|---|']
+        lines += [f'| {name} | {value:.4g} |' for name, value in metrics.items()]
+    return '\n'.join(
+        [
+            *lines,
+            '',
+            "On mmdet's detector with the base loaded:",
+            '',
+            '```python',
+            'from peft import PeftModel',
+            'detector = PeftModel.from_pretrained(detector, folder)',
+            '```',
+        ]
+    )

@@ -1,0 +1,32 @@
+"""Writes a run's adapter in PEFT's own format, with a model card.
+
+export_adapter.py CONFIG CHECKPOINT FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from common import run
+from merge_adapter import add_cfg_options, load_tuned
+
+
+def main() -> None:
+    """Command line."""
+    arguments = argparse.ArgumentParser(description="Write an adapter in PEFT's format")
+    arguments.add_argument('config', help='config file that the adapter was trained with')
+    arguments.add_argument('checkpoint', help='checkpoint of a training run')
+    arguments.add_argument('folder', help='folder to write')
+    add_cfg_options(arguments)
+    args = arguments.parse_args()
+
+    from mmdet_gdino_lora.lora.files import export_adapter
+
+    detector, meta = load_tuned(args.config, args.checkpoint, args.cfg_options)
+    classes = meta.get('dataset_meta', {}).get('classes', ())
+    export_adapter(detector, args.folder, classes=classes)
+    print(f'{args.folder}: adapter_config.json, adapter_model.safetensors, README.md')
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,90 @@
+"""Folds an adapter into its base: a plain checkpoint that mmdet's own detector loads.
+
+merge_adapter.py CONFIG ADAPTER OUT.pth [--scale 0.5]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from common import run
+
+
+def main() -> None:
+    """Command line."""
+    arguments = argparse.ArgumentParser(description='Fold an adapter into its base')
+    arguments.add_argument('config', help='config file that the adapter was trained with')
+    arguments.add_argument('adapter', help='checkpoint of a training run')
+    arguments.add_argument('out', help='.pth or .safetensors file to write')
+    arguments.add_argument(
+        '--scale',
+        type=float,
+        default=1.0,
+        help='strength of the tuning, between 0 (the base) and 1 (fully tuned, the default)',
+    )
+    add_cfg_options(arguments)
+    args = arguments.parse_args()
+
+    from mmdet_gdino_lora.errors import ConfigError
+    from mmdet_gdino_lora.lora.files import write_weights
+    from mmdet_gdino_lora.lora.merge import merged_weights
+
+    if not args.out.endswith(('.pth', '.safetensors')):
+        raise ConfigError(f'out {args.out!r}: name it .pth or .safetensors')
+    if not 0 <= args.scale <= 1:
+        raise ConfigError(f'--scale {args.scale:g}: give a number between 0 and 1')
+    detector, meta = load_tuned(args.config, args.adapter, args.cfg_options)
+    weights = merged_weights(detector, args.scale)
+    write_weights(args.out, weights, dict(dataset_meta=meta.get('dataset_meta', {})))
+    print(f'{args.out}: {len(weights)} tensors, adapter at scale {args.scale:g}')
+
+
+def add_cfg_options(arguments: argparse.ArgumentParser) -> None:
+    """Adds ``--cfg-options``.
+
+    Args:
+        arguments: Of the tool.
+    """
+    from mmengine.config import DictAction
+
+    arguments.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, help='replace settings of the config'
+    )
+
+
+def load_tuned(config: str, adapter: str, options: dict | None = None) -> tuple:
+    """The detector of a config with a run's checkpoint loaded, on the CPU.
+
+    Args:
+        config: Config file.
+        adapter: Checkpoint file.
+        options: ``--cfg-options``.
+
+    Returns:
+        The detector in eval mode, and the checkpoint's ``meta``.
+
+    Raises:
+        ConfigError: A file is missing or damaged, or the two don't belong together.
+    """
+    from common import read_config
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine.runner.checkpoint import _load_checkpoint_to_model
+
+    cfg = read_config(config, options)
+    from mmdet_gdino_lora.errors import ConfigError
+    from mmdet_gdino_lora.lora.base import read_file
+
+    if cfg.model.type != 'LoRAGroundingDINO' or not cfg.model.get('lora'):
+        raise ConfigError(f'{config}: model is no LoRAGroundingDINO with lora=; nothing to merge')
+    if cfg.get('load_from'):
+        cfg.model.setdefault('base_checkpoint', cfg.load_from)
+    content = read_file(adapter)
+    register_all_modules()
+    detector = MODELS.build(cfg.model)
+    _load_checkpoint_to_model(detector, content)
+    return detector.eval(), content.get('meta', {})
+
+
+if __name__ == '__main__':
+    run(main)
