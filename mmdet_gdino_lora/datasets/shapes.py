@@ -77,7 +77,7 @@ def outline(shape: str) -> np.ndarray:
         shape: One of ``BASE_SHAPES`` or ``NEW_SHAPES``.
 
     Returns:
-        Corners [N, 2] as (x, y), y down, within the unit circle.
+        Corners [N, 2] as (x, y), y down, about the unit circle's size.
     """
     if shape in ('circle', 'heart'):
         turn = np.linspace(0, 2 * np.pi, 40, endpoint=False)
@@ -91,7 +91,9 @@ def outline(shape: str) -> np.ndarray:
         quarter = np.array([[arm, -arm], [tip, -arm], [tip, arm]])
         turns = [np.array([[c, -s], [s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
         return np.concatenate([quarter @ turn.T for turn in turns])
-    corners, inner = {'triangle': (3, None), 'square': (4, None), 'star': (5, 0.42)}[shape]
+    if shape == 'square':
+        return np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * 0.75
+    corners, inner = {'triangle': (3, None), 'star': (5, 0.42)}[shape]
     radii = np.ones(corners) if inner is None else np.tile([1.0, inner], corners)
     turn = np.linspace(0, 2 * np.pi, len(radii), endpoint=False) - np.pi / 2
     return np.stack([radii * np.cos(turn), radii * np.sin(turn)], 1)
@@ -178,9 +180,9 @@ def _background(rng: np.random.Generator) -> np.ndarray:
 
 def _placed(rng: np.random.Generator, corners: np.ndarray) -> np.ndarray:
     """The outline stretched, rotated, scaled and moved, in pixels; a part may leave the image."""
-    radius = np.exp(rng.uniform(np.log(9), np.log(30)))
-    stretch = np.array([1.0, rng.uniform(0.75, 1.0)])
-    angle = rng.uniform(0, 2 * np.pi)
+    radius = np.exp(rng.uniform(np.log(11), np.log(32)))
+    stretch = np.array([1.0, rng.uniform(0.8, 1.0)])
+    angle = rng.uniform(-np.pi / 7, np.pi / 7)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     centre = rng.uniform(0.6 * radius, IMAGE_SIZE - 0.6 * radius, 2)
     return (corners * stretch * radius) @ turn.T + centre
