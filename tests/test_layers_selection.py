@@ -8,7 +8,7 @@ import pytest
 import torch
 from mmdet.models.backbones import SwinTransformer
 from mmdet.models.dense_heads.grounding_dino_head import ContrastiveEmbed
-from mmdet.models.detectors import GroundingDINO
+from mmdet.models.detectors import DeformableDETR, GroundingDINO
 from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention
 from torch import nn
 
@@ -18,6 +18,8 @@ from mmdet_gdino_lora.layers.contrastive import TokenLogits, narrow_logits
 from mmdet_gdino_lora.layers.fuse import fuse
 from mmdet_gdino_lora.layers.levels import level_tensors
 from mmdet_gdino_lora.layers.proposals import select_proposals
+
+from .builders import build, data_samples, detector_cfg
 
 
 @pytest.mark.parametrize('padded_image', [False, True])
@@ -197,3 +199,17 @@ def test_frozen_backbone_keeps_nothing():
     backbone.requires_grad_(False)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: pytest.fail('kept'), lambda t: t):
         assert not backbone(torch.randn(1, 3, 64, 64))[0].requires_grad
+
+
+@pytest.mark.parametrize('second', [(64, 64), (40, 50)])
+def test_encoder_inputs_equal_mmdet(text_dir, second):
+    detector = build(detector_cfg(text_dir, lora=None))
+    nn.init.normal_(detector.level_embed)
+    samples = data_samples(['dog'], [1, 1])
+    samples[1].set_metainfo(dict(img_shape=second))
+    feats = [torch.randn(2, 256, size, size) for size in (8, 4, 2, 1)]
+    expected = DeformableDETR.pre_transformer(detector, feats, samples)
+    for theirs, own in zip(expected, detector.pre_transformer(feats, samples)):
+        assert theirs.keys() == own.keys()
+        for key, value in theirs.items():
+            assert own[key] is None if value is None else torch.equal(own[key], value), key

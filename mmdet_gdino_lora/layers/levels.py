@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Shapes = tuple[tuple[int, int], ...]
@@ -48,3 +49,25 @@ def host_shapes(spatial_shapes: Tensor) -> Shapes:
         shapes = tuple((int(height), int(width)) for height, width in spatial_shapes.tolist())
         spatial_shapes.host_shapes = shapes
     return shapes
+
+
+def padding_masks(
+    feats: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]], input_shape: tuple[int, int]
+) -> list[Tensor] | None:
+    """Which positions of each level show no image, as mmdet's ``pre_transformer`` has it.
+
+    Args:
+        feats: feature maps [B, C, H, W], one per level.
+        image_shapes: (height, width) of each image before the batch was padded, in pixels.
+        input_shape: (height, width) of the padded batch.
+
+    Returns:
+        bool [B, H, W] per level, True: padding; None where no image is padded.
+    """
+    image_shapes = [tuple(shape[:2]) for shape in image_shapes]
+    if all(shape == tuple(input_shape) for shape in image_shapes):
+        return None
+    masks = feats[0].new_ones((1, len(image_shapes), *input_shape))
+    for index, (height, width) in enumerate(image_shapes):
+        masks[0, index, :height, :width] = 0
+    return [F.interpolate(masks, size=feat.shape[-2:])[0].to(torch.bool) for feat in feats]
