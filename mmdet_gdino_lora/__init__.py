@@ -12,7 +12,9 @@ check_environment()
 from .criterion import GroundingDINOCriterion, build_criterion  # noqa: E402
 from .datasets import TokenSpans  # noqa: E402
 from .detector import LoRAGroundingDINO  # noqa: E402
+from .engine.checkpoint_hook import AdapterCheckpointHook  # noqa: E402
 from .engine.safe_load import allow_mmengine_checkpoints  # noqa: E402
+from .engine.seed_hook import ResumableSeedHook  # noqa: E402
 from .head import GroundingDINOCriterionHead  # noqa: E402
 from .matching import BoxGIoUCost, BoxL1Cost, TokenFocalCost  # noqa: E402
 from .text import GroundingTextEncoder  # noqa: E402
@@ -20,12 +22,14 @@ from .text import GroundingTextEncoder  # noqa: E402
 allow_mmengine_checkpoints()
 
 __all__ = [
+    'AdapterCheckpointHook',
     'BoxGIoUCost',
     'BoxL1Cost',
     'GroundingDINOCriterion',
     'GroundingDINOCriterionHead',
     'GroundingTextEncoder',
     'LoRAGroundingDINO',
+    'ResumableSeedHook',
     'TokenFocalCost',
     'TokenSpans',
     'build_criterion',

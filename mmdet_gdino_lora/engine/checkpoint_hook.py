@@ -11,6 +11,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.model import is_model_wrapper
 
+from ..errors import ConfigError
 from .atomic import atomic
 
 
@@ -100,8 +101,12 @@ class AdapterCheckpointHook(CheckpointHook):
             return
         dataset = runner.train_dataloader.dataset
         classes = getattr(dataset, 'metainfo', {}).get('classes', ())
-        if model.export_adapter(folder, classes=classes, metrics=metrics):
-            self._exported = folder
+        try:
+            if model.export_adapter(folder, classes=classes, metrics=metrics):
+                self._exported = folder
+        except ConfigError as error:  # the checkpoint is there; training goes on
+            runner.logger.warning('No adapter in PEFT format is written: %s', error)
+            self.export = False
 
 
 def _adapter_folder(checkpoint: str) -> str:

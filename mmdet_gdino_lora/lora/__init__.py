@@ -2,6 +2,7 @@
 
 from .base import load_base
 from .checkpoint import install_hooks
+from .files import export_adapter
 from .gradients import GradientCheck
 from .inject import Report, describe, inject, set_frozen_eval
 from .presets import GROUPS, PRESETS
@@ -14,6 +15,7 @@ __all__ = [
     'LoraState',
     'Report',
     'describe',
+    'export_adapter',
     'inject',
     'install_hooks',
     'load_base',

@@ -1,0 +1,106 @@
+"""A run of mmengine's on random images, in this process or in one that is killed half way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from mmdet.registry import DATASETS, HOOKS
+from mmdet.utils import register_all_modules
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from torch.utils.data import Dataset
+
+import mmdet_gdino_lora  # noqa: F401
+from tests.builders import WORDS, data_samples, detector_cfg
+
+
+@DATASETS.register_module(force=True)
+class RandomImages(Dataset):
+    """Noise with boxes; brightness drawn anew at every visit, as augmentation does."""
+
+    metainfo = dict(classes=tuple(WORDS[:4]))
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = np.random.default_rng(index).integers(0, 200, (3, 48, 48))
+        image = image + np.random.randint(0, 55)  # noqa: NPY002 - as mmcv's transforms do
+        sample = data_samples(WORDS[:4], [2], size=48, seed=index)[0]
+        return dict(inputs=torch.from_numpy(image).to(torch.uint8), data_samples=sample)
+
+
+@HOOKS.register_module(force=True)
+class KilledHook(Hook):
+    """Kills the process, without a chance to clean up, in the middle of an iteration."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        if runner.iter == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(
+    work_dir: str,
+    text_dir: str,
+    base: str,
+    *,
+    by_epoch: bool,
+    resume: bool = False,
+    kill_at: Optional[int] = None,
+) -> Runner:
+    """Trains for 4 iterations of 2 images (2 epochs), with a checkpoint after every second one.
+
+    Args:
+        work_dir: Of the run.
+        text_dir: Of the text model.
+        base: Base checkpoint.
+        by_epoch: Whether mmengine counts epochs or iterations.
+        resume: Whether to go on from the latest checkpoint.
+        kill_at: Iteration that the process does not survive.
+
+    Returns:
+        The runner, after training.
+    """
+    loop = dict(by_epoch=True, max_epochs=2) if by_epoch else dict(by_epoch=False, max_iters=4)
+    checkpoint = dict(
+        type='AdapterCheckpointHook', by_epoch=by_epoch, interval=1 if by_epoch else 2
+    )
+    hooks = [dict(type='ResumableSeedHook')]
+    if kill_at is not None:
+        hooks.append(dict(type='KilledHook', at=kill_at))
+    runner = Runner(
+        model=detector_cfg(text_dir, base_checkpoint=base),
+        work_dir=work_dir,
+        train_dataloader=dict(
+            batch_size=2,
+            num_workers=0,
+            dataset=dict(type='RandomImages'),
+            sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=True),
+            collate_fn=dict(type='pseudo_collate'),
+        ),
+        train_cfg=loop,
+        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3), clip_grad=dict(max_norm=0.1)),
+        param_scheduler=dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=4),
+        default_hooks=dict(checkpoint=checkpoint, logger=dict(type='LoggerHook', interval=1)),
+        custom_hooks=hooks,
+        randomness=dict(seed=3),
+        resume=resume,
+        experiment_name=f'{os.path.basename(work_dir)}_{resume}_{kill_at}',
+        default_scope='mmdet',
+    )
+    runner.train()
+    return runner
+
+
+if __name__ == '__main__':
+    register_all_modules(init_default_scope=True)
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    run(*sys.argv[1:4], by_epoch=sys.argv[4] == 'epoch', kill_at=int(sys.argv[5]))
