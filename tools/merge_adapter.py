@@ -1,11 +1,13 @@
 """Folds an adapter into its base: a plain checkpoint that mmdet's own detector loads.
 
 merge_adapter.py CONFIG ADAPTER OUT.pth [--scale 0.5]
+merge_adapter.py CONFIG ADAPTER FOLDER --format transformers
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 
 from common import run
 
@@ -15,12 +17,18 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description='Fold an adapter into its base')
     arguments.add_argument('config', help='config file that the adapter was trained with')
     arguments.add_argument('adapter', help='checkpoint of a training run')
-    arguments.add_argument('out', help='.pth or .safetensors file to write')
+    arguments.add_argument('out', help='.pth or .safetensors file to write, or the folder')
     arguments.add_argument(
         '--scale',
         type=float,
         default=1.0,
         help='strength of the tuning, between 0 (the base) and 1 (fully tuned, the default)',
+    )
+    arguments.add_argument(
+        '--format',
+        choices=['mmdet', 'transformers'],
+        default='mmdet',
+        help="transformers writes a folder for transformers' from_pretrained",
     )
     add_cfg_options(arguments)
     args = arguments.parse_args()
@@ -29,14 +37,22 @@ def main() -> None:
     from mmdet_gdino_lora.lora.files import write_weights
     from mmdet_gdino_lora.lora.merge import merged_weights
 
-    if not args.out.endswith(('.pth', '.safetensors')):
+    if args.format == 'mmdet' and not args.out.endswith(('.pth', '.safetensors')):
         raise ConfigError(f'out {args.out!r}: name it .pth or .safetensors')
+    if args.format == 'transformers' and os.path.isfile(args.out):
+        raise ConfigError(f'out {args.out!r} is a file; name a folder')
     if not 0 <= args.scale <= 1:
         raise ConfigError(f'--scale {args.scale:g}: give a number between 0 and 1')
     detector, meta = load_tuned(args.config, args.adapter, args.cfg_options)
     weights = merged_weights(detector, args.scale)
-    write_weights(args.out, weights, dict(dataset_meta=meta.get('dataset_meta', {})))
-    print(f'{args.out}: {len(weights)} tensors, adapter at scale {args.scale:g}')
+    if args.format == 'transformers':
+        from mmdet_gdino_lora.lora.transformers_format import write_transformers
+
+        kind = write_transformers(args.out, detector, weights)
+    else:
+        write_weights(args.out, weights, dict(dataset_meta=meta.get('dataset_meta', {})))
+        kind = f'{len(weights)} tensors'
+    print(f'{args.out}: {kind}, adapter at scale {args.scale:g}')
 
 
 def add_cfg_options(arguments: argparse.ArgumentParser) -> None:

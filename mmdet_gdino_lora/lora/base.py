@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import json
 import os
 import pickle
 import zipfile
@@ -21,9 +22,11 @@ from torch import Tensor, nn
 
 from ..engine.safe_load import allow_mmengine_checkpoints
 from ..errors import ConfigError
+from .convert import check_scores, release_of, to_mmdet
 from .state import Base, lora_state
 from .tensors import LABEL_EMBEDDING, plain_tensors
 
+_FOLDER_FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin')
 # Buffers that files may have or lack: counters, and index tables that every constructor makes anew.
 _OPTIONAL_ENDINGS = ('num_batches_tracked', 'position_ids', 'relative_position_index')
 
@@ -33,7 +36,8 @@ def load_base(detector: nn.Module, source: str) -> Base:
 
     Args:
         detector: The plain detector.
-        source: A checkpoint of mmdet's (``.pth``) or ``.safetensors``: a path or a URL.
+        source: A path or URL of a checkpoint (``.pth`` or ``.safetensors``) of mmdet's or of the
+            official release, or a folder as transformers writes it.
 
     Returns:
         What was loaded; also kept as ``detector.lora_state.base``.
@@ -42,11 +46,47 @@ def load_base(detector: nn.Module, source: str) -> Base:
         ConfigError: If the file is missing, can't be downloaded, is truncated or not a plain
             checkpoint, or belongs to another architecture.
     """
-    weights = read_weights(fetch(source))
-    base = fit_base(detector, weights, source)
+    base = fit_base(detector, base_weights(detector, source), source)
     lora_state(detector).base = base
     MMLogger.get_current_instance().info('Base loaded from %s', source)
     return base
+
+
+def base_weights(detector: nn.Module, source: str) -> dict[str, Tensor]:
+    """A base's weights under mmdet's names, whichever release they are from.
+
+    Args:
+        detector: The detector that will take them, injected or not.
+        source: A path or a URL.
+
+    Returns:
+        Tensors by plain name.
+
+    Raises:
+        ConfigError: As for :func:`load_base`.
+    """
+    return in_mmdet_names(detector, read_weights(fetch(source)))
+
+
+def in_mmdet_names(detector: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of any known release under mmdet's names.
+
+    Args:
+        detector: The detector that will take them, injected or not.
+        weights: As read from a file.
+
+    Returns:
+        Tensors by plain name.
+
+    Raises:
+        ConfigError: If the detector computes scores otherwise than the release does.
+    """
+    release = release_of(weights)
+    if release is None:
+        return weights
+    weights = to_mmdet(weights, release, plain_tensors(detector))
+    check_scores(detector, weights, release)
+    return weights
 
 
 def fit_base(detector: nn.Module, weights: Mapping[str, Tensor], source: str) -> Base:
@@ -156,10 +196,13 @@ def fetch(source: str) -> str:
     """
     if urlparse(source).scheme not in ('http', 'https'):
         path = os.path.expanduser(source)
+        if os.path.isdir(path):
+            inside = [os.path.join(path, name) for name in _FOLDER_FILES]
+            path = next(filter(os.path.isfile, inside), '')
         if not os.path.isfile(path):
             raise ConfigError(
                 f'base_checkpoint={source!r}: there is no such file; give the path or URL of a '
-                'checkpoint.'
+                f'checkpoint, or a folder with one of {", ".join(_FOLDER_FILES)}.'
             )
         return path
     folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
@@ -193,7 +236,14 @@ def read_weights(path: str) -> dict[str, Tensor]:
     Raises:
         ConfigError: If the file is truncated, damaged, or holds other things than plain weights.
     """
-    content = read_file(path)
+    if path.endswith('.index.json'):
+        with open(path, encoding='utf-8') as file:
+            shards = sorted(set(json.load(file)['weight_map'].values()))
+        content = {}
+        for shard in shards:
+            content.update(read_file(os.path.join(os.path.dirname(path), shard)))
+    else:
+        content = read_file(path)
     for key in ('state_dict', 'model'):
         if isinstance(content.get(key), Mapping):
             content = content[key]

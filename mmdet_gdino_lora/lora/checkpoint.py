@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..engine.runner_config import runner_config
 from ..errors import ConfigError
 from ..layers.attention import peft_out_proj_factor
-from .base import fetch, fit_base, read_weights
+from .base import base_weights, fit_base, in_mmdet_names
 from .state import ADAPTER, Base, lora_state, needs_base
 from .tensors import LABEL_EMBEDDING, base_name, own_tensors
 
@@ -150,7 +150,7 @@ def _load(
         state_dict[prefix + name] = incoming.get(name, tensor)
 
 
-def _from_plain(detector: nn.Module, incoming: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _from_plain(detector: nn.Module, incoming: dict[str, Tensor]) -> dict[str, Tensor]:
     state = lora_state(detector)
     if needs_base(state.config):
         raise ConfigError(
@@ -159,7 +159,7 @@ def _from_plain(detector: nn.Module, incoming: Mapping[str, Tensor]) -> dict[str
             f'{state.config.use_dora}): use base_checkpoint= in the model instead.'
         )
     source = str(runner_config().get('load_from') or '')
-    state.base = fit_base(detector, incoming, source)
+    state.base = fit_base(detector, in_mmdet_names(detector, incoming), source)
     return {}
 
 
@@ -181,7 +181,7 @@ def _from_adapter(
         state.base = Base(**_base_fields(base)) if base else None
     else:
         if base:
-            _check_base(detector, base)
+            check_base(detector, base)
         state.changed.update(base_name(name) for name in found if '.lora_' not in name)
     return _with_todays_factor(found, note)
 
@@ -224,8 +224,16 @@ def _base_fields(base: Mapping[str, Any]) -> dict[str, Any]:
     return {**base, 'absent': frozenset(base['absent'])}
 
 
-def _check_base(detector: nn.Module, base: Mapping[str, Any]) -> None:
-    """Loads the base that an adapter was trained on where none is there, and compares it."""
+def check_base(detector: nn.Module, base: Mapping[str, Any]) -> None:
+    """Loads the base that an adapter was trained on where none is there, and compares it.
+
+    Args:
+        detector: An injected detector.
+        base: The record's ``base``.
+
+    Raises:
+        ConfigError: If the base isn't found, or the detector stands on another one.
+    """
     state = lora_state(detector)
     wanted = Base(**_base_fields(base))
     if state.base is None:
@@ -236,7 +244,7 @@ def _check_base(detector: nn.Module, base: Mapping[str, Any]) -> None:
             )
         found = next((p for p in (wanted.source, wanted.path) if os.path.isfile(p)), wanted.source)
         try:
-            weights = read_weights(fetch(found))
+            weights = base_weights(detector, found)
         except ConfigError as error:
             raise ConfigError(
                 f'the adapter needs its base {wanted}, which is not at {wanted.source!r} any more; '

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .attention import FrozenMultiheadAttention
-from .base import fetch, read_weights
+from .base import base_weights
 from .inject import adapter_layers
 from .state import lora_state
 from .tensors import LABEL_EMBEDDING, plain_tensors
@@ -30,7 +30,7 @@ def merged_weights(
     Args:
         detector: Tuned.
         scale: 0 is the base, bit for bit; 1 the tuned model.
-        base: As :func:`base_weights` reads it; read from the base's file where None and needed.
+        base: The base's own weights, by plain name; read again from its file where None.
 
     Returns:
         Tensors under mmdet's names, on the CPU.
@@ -44,7 +44,7 @@ def merged_weights(
             tuned[f'{name}.{key}'] = tensor.cpu()
     if scale == 1 and (LABEL_EMBEDDING in tuned or not lora_state(detector).base):
         return tuned
-    base = base_weights(detector) if base is None else base
+    base = _base_weights(detector) if base is None else base
     tuned.setdefault(LABEL_EMBEDDING, base[LABEL_EMBEDDING])
     if scale == 1:
         return tuned
@@ -56,25 +56,14 @@ def merged_weights(
     }
 
 
-def base_weights(detector: nn.Module) -> dict[str, Tensor]:
-    """The base's own weights, read again from where they came from.
-
-    Args:
-        detector: An injected detector.
-
-    Returns:
-        Tensors by plain name.
-
-    Raises:
-        ConfigError: If the detector has no base, or its file is gone.
-    """
+def _base_weights(detector: nn.Module) -> dict[str, Tensor]:
     base = lora_state(detector).base
     if base is None or not base.source:
         raise ConfigError(
             'the base of this detector is random or of unknown origin; set base_checkpoint= in the '
             'model to scale an adapter against it.'
         )
-    return read_weights(fetch(base.source))
+    return base_weights(detector, base.source)
 
 
 def _merged_layer(layer: nn.Module) -> dict[str, Tensor]:

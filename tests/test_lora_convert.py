@@ -1,0 +1,178 @@
+"""Bases of other releases come in, tuned models go back, with the same outputs on both sides."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import mmdet
+import pytest
+import torch
+from mmdet.registry import MODELS
+from torch import Tensor, nn
+from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection, SwinConfig
+from transformers.models.grounding_dino import modeling_grounding_dino
+from transformers.models.mm_grounding_dino import modeling_mm_grounding_dino
+
+import mmdet_gdino_lora  # noqa: F401
+from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.lora.convert import OFFICIAL, from_mmdet, release_of, to_mmdet
+from mmdet_gdino_lora.lora.merge import merged_weights
+from mmdet_gdino_lora.lora.tensors import plain_tensors
+from mmdet_gdino_lora.lora.transformers_format import write_transformers
+from tests.builders import WORDS, data_samples, detector_cfg
+
+NAMES = ['red star', 'dog', 'hot dog']
+PLAIN = dict(max_text_len=256)
+SCALED = dict(max_text_len=256, log_scale='auto', bias=True)
+
+
+def build(text_dir: str, contrastive: dict, **overrides: Any) -> nn.Module:
+    """A detector whose encoder has the proportions that transformers takes for granted."""
+    cfg = detector_cfg(text_dir)
+    cfg['bbox_head']['contrastive_cfg'] = contrastive
+    cfg['encoder']['text_layer_cfg']['ffn_cfg']['feedforward_channels'] = 32
+    cfg['encoder']['fusion_layer_cfg']['embed_dim'] = 32
+    for key, value in overrides.items():
+        cfg[key] = value
+    torch.manual_seed(0)
+    detector = MODELS.build(cfg)
+    detector.init_weights()
+    return detector.eval()
+
+
+def stir(model: nn.Module) -> nn.Module:
+    """Moves every weight off its initial value, so that none can be missed unseen."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.03)
+    return model.eval()
+
+
+@pytest.fixture
+def special_tokens(text_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets transformers' code, which knows bert-base-uncased alone, see the tiny vocabulary."""
+    vocab = Path(text_dir, 'vocab.txt').read_text().split('\n')
+    tokens = [vocab.index(token) for token in ('[CLS]', '[SEP]', '.', '?')]
+    for modeling in (modeling_grounding_dino, modeling_mm_grounding_dino):
+        monkeypatch.setattr(modeling, 'SPECIAL_TOKENS', tokens)
+
+
+@torch.no_grad()
+def outputs(detector: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [B, Q, T] and boxes [B, Q, 4] of the last decoder layer."""
+    found = []
+    handle = detector.bbox_head.register_forward_hook(lambda _, __, out: found.append(out))
+    detector.predict(images, data_samples(NAMES, [1] * len(images)))
+    handle.remove()
+    logits, boxes = found[0][:2]
+    return logits[-1], boxes[-1]
+
+
+@torch.no_grad()
+def transformers_outputs(
+    model: nn.Module, detector: nn.Module, images: Tensor
+) -> tuple[Tensor, Tensor]:
+    caption = detector.language_model.caption_tokenizer.from_names(NAMES)
+    ids = torch.from_numpy(caption.input_ids).long()[None].expand(len(images), -1)
+    result = model(pixel_values=images, input_ids=ids, attention_mask=torch.ones_like(ids))
+    return result.logits, result.pred_boxes
+
+
+def assert_same_outputs(model: nn.Module, detector: nn.Module) -> None:
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    logits, boxes = outputs(detector, images)
+    theirs, their_boxes = transformers_outputs(model, detector, images)
+    width = logits.shape[-1]
+    torch.testing.assert_close(logits, theirs[..., :width], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(boxes, their_boxes, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('share', [True, False])
+def test_transformers_own_model_serves_as_base_with_equal_outputs(
+    text_dir: str, special_tokens: None, tmp_path: Path, share: bool
+) -> None:
+    like = build(text_dir, PLAIN, lora=None)
+    text_config = like.language_model.language_backbone.body.model.config.to_dict()
+    config = GroundingDinoConfig(
+        backbone_config=SwinConfig(
+            embed_dim=12,
+            depths=[1, 1, 2, 1],
+            num_heads=[1, 2, 3, 4],
+            window_size=7,
+            out_features=['stage2', 'stage3', 'stage4'],
+        ),
+        text_config=text_config,
+        num_queries=30,
+        encoder_layers=2,
+        decoder_layers=3,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        decoder_bbox_embed_share=share,
+    )
+    model = stir(GroundingDinoForObjectDetection(config))
+    model.save_pretrained(tmp_path)
+    detector = build(text_dir, PLAIN, base_checkpoint=str(tmp_path))
+    assert_same_outputs(model, detector)
+    with pytest.raises(ConfigError, match=r'contrastive_cfg=.*256'):
+        build(text_dir, SCALED, base_checkpoint=str(tmp_path))
+
+
+@pytest.mark.parametrize('contrastive', [PLAIN, SCALED], ids=['plain', 'scaled'])
+def test_a_merged_detector_goes_to_transformers_and_comes_back(
+    text_dir: str, special_tokens: None, tmp_path: Path, contrastive: dict
+) -> None:
+    detector = stir(build(text_dir, contrastive, lora=dict(preset='decoder', r=2)))
+    weights = merged_weights(detector)
+    name = write_transformers(str(tmp_path), detector, weights)
+    modeling = modeling_mm_grounding_dino if name.startswith('MM') else modeling_grounding_dino
+    assert name.startswith('MM') == (contrastive is SCALED)
+    assert_same_outputs(getattr(modeling, name).from_pretrained(tmp_path).eval(), detector)
+    again = build(text_dir, contrastive, base_checkpoint=str(tmp_path))
+    own = plain_tensors(again)
+    assert all(torch.equal(own[n], w) for n, w in weights.items() if 'dn_query' not in n)
+
+
+def test_what_transformers_cannot_express_is_refused(
+    text_dir: str, special_tokens: None, tmp_path: Path
+) -> None:
+    fixed = dict(max_text_len=256, log_scale=0.5)
+    detector = build(text_dir, fixed, lora=None)
+    with pytest.raises(ConfigError, match='log_scale'):
+        write_transformers(str(tmp_path), detector, {})
+    wide = detector_cfg(text_dir)['encoder']
+    detector = build(text_dir, PLAIN, lora=None, encoder=wide)
+    with pytest.raises(ConfigError, match='text layer ffn is 64'):
+        write_transformers(str(tmp_path), detector, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_official_names_are_those_that_mmdets_converter_reads(
+    text_dir: str, tmp_path: Path
+) -> None:
+    detector = stir(build(text_dir, PLAIN, lora=None))
+    own = plain_tensors(detector)
+    official = from_mmdet(own, OFFICIAL)
+    assert release_of(official) == OFFICIAL
+    back = to_mmdet(official, OFFICIAL, own)
+    assert all(torch.equal(back[name], own[name]) for name in back)
+
+    path = Path(mmdet.__file__).parent / '.mim/tools/model_converters/groundingdino_to_mmdet.py'
+    if path.exists():
+        spec = importlib.util.spec_from_file_location('converter', path)
+        converter = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(converter)
+        theirs = converter.convert({f'module.{name}': w for name, w in official.items()})
+        # that script takes six decoder layers for granted
+        theirs = {n.replace('reg_branches.6.', 'reg_branches.3.'): w for n, w in theirs.items()}
+        assert set(theirs) == set(back)
+        assert all(torch.equal(theirs[name], back[name]) for name in back)
+
+    torch.save(dict(model={f'module.{n}': w for n, w in official.items()}), tmp_path / 'base.pth')
+    tuned = build(text_dir, PLAIN, base_checkpoint=str(tmp_path / 'base.pth'))
+    assert tuned.lora_state.base.absent == {'dn_query_generator.label_embedding.weight'}
+    assert len(WORDS) == tuned.dn_query_generator.label_embedding.weight.shape[0]
+    loaded = plain_tensors(tuned)
+    assert all(torch.equal(loaded[name], own[name]) for name in back)
