@@ -15,6 +15,7 @@ from torch import nn
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.layers.checkpointing import mend_checkpointing
 from mmdet_gdino_lora.layers.contrastive import TokenLogits, narrow_logits
+from mmdet_gdino_lora.layers.dropout import attend
 from mmdet_gdino_lora.layers.fuse import fuse
 from mmdet_gdino_lora.layers.levels import level_tensors
 from mmdet_gdino_lora.layers.proposals import select_proposals
@@ -51,6 +52,34 @@ def test_fusion_drops_attention_in_training():
     layer = fuse(BiMultiHeadAttention(32, 24, 64, 4, dropout=0.5)).train()
     image, text = torch.randn(1, 30, 32), torch.randn(1, 7, 24)
     assert not torch.equal(layer(image, text)[0], layer(image, text)[0])
+
+
+@pytest.mark.parametrize('mask', ['none', 'bool', 'additive'])
+def test_attention_with_dropout_is_attention_with_dropped_weights(mask):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (5, 40, 40))
+    seen = torch.rand(2, 1, 1, 40) > 0.3
+    bias = torch.zeros(seen.shape).masked_fill_(~seen, float('-inf'))
+    given = dict(none=None, bool=seen, additive=bias)[mask]
+    # The identity as value shows the weights; the same seed drops the same ones.
+    torch.manual_seed(1)
+    weights = attend(query, key, torch.eye(40).expand(2, 3, -1, -1), given, dropout=0.25)
+    logits = query @ key.transpose(-1, -2) / 8**0.5 + (bias if mask != 'none' else 0)
+    full = logits.softmax(-1)
+    kept = weights != 0
+    torch.testing.assert_close(weights, full * kept / 0.75)
+    share = kept.sum() / (full != 0).sum()
+    assert 0.7 < share < 0.8
+    torch.manual_seed(1)
+    out = attend(query, key, value, given, dropout=0.25)
+    expected = (full * kept / 0.75) @ value
+    torch.testing.assert_close(out, expected)
+    slopes = torch.randn_like(out)
+    for own, theirs in zip(
+        torch.autograd.grad(out, (query, key, value), slopes),
+        torch.autograd.grad(expected, (query, key, value), slopes),
+    ):
+        torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-5)
 
 
 def logits_pair(**cfg) -> tuple[nn.Module, nn.Module]:

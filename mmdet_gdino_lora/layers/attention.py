@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from mmcv.cnn.bricks.transformer import MultiheadAttention
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention as LoraMultiheadAttention
 from torch import Tensor, nn
 
+from mmdet_gdino_lora.layers.dropout import attend
 from mmdet_gdino_lora.layers.linear import active_adapters, adapted_linear, is_plain_lora
 
 
@@ -141,13 +141,8 @@ class FusedMultiheadAttention(MultiheadAttention):
         else:
             (q,), (k,), (v,) = project(query, 0, 1), project(key, 1, 1), project(value, 2, 1)
 
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=_sdpa_mask(attn_mask, key_padding_mask, len(q), q.dtype),
-            dropout_p=base.dropout if base.training else 0.0,
-        )
+        mask = _sdpa_mask(attn_mask, key_padding_mask, len(q), q.dtype)
+        out = attend(q, k, v, mask, base.dropout if base.training else 0.0)
         out = out.transpose(1, 2).flatten(2)
 
         out_proj = base.out_proj

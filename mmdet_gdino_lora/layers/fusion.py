@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention
 from torch import Tensor
+
+from mmdet_gdino_lora.layers.dropout import attend
 
 
 class FusedBiAttention(BiMultiHeadAttention):
@@ -56,10 +57,8 @@ class FusedBiAttention(BiMultiHeadAttention):
         dropout = self.dropout if self.training else 0.0
 
         # The kernels' default scale is mmdet's, 1 / sqrt(head_dim).
-        to_image = F.scaled_dot_product_attention(image, text, text_values, dropout_p=dropout)
-        to_text = F.scaled_dot_product_attention(
-            text, image, image_values, attn_mask=seen, dropout_p=dropout
-        )
+        to_image = attend(image, text, text_values, dropout=dropout)
+        to_text = attend(text, image, image_values, seen, dropout)
         return (
             self.out_v_proj(merged(to_image)),
             self.out_l_proj(merged(to_text)),

@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import contenders as cs
 import torch
+from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from torch import nn
 
@@ -277,6 +278,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     init_default_scope('mmdet')
+    MMLogger.get_instance('step', log_level='ERROR')
     warnings.filterwarnings('ignore')
     with tempfile.TemporaryDirectory() as folder:
         cs.text_model(folder)

@@ -1,0 +1,84 @@
+"""Training with every lean layer gives the losses of training with mmdet's own."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from mmdet.models.dense_heads.grounding_dino_head import ContrastiveEmbed
+from mmdet.models.detectors import GroundingDINO
+from mmdet.models.layers.transformer.grounding_dino_layers import (
+    GroundingDinoTransformerDecoder,
+    GroundingDinoTransformerEncoder,
+)
+from mmdet.registry import MODELS
+from mmengine.config import ConfigDict
+from mmengine.registry import init_default_scope
+
+from mmdet_gdino_lora import LoRAGroundingDINO
+from mmdet_gdino_lora.layers.contrastive import TokenLogits
+from mmdet_gdino_lora.layers.decoder import FusedGroundingDinoDecoder
+from mmdet_gdino_lora.layers.encoder import FusedGroundingDinoEncoder
+from mmdet_gdino_lora.layers.fuse import FUSED
+
+from .builders import SMALL_ENCODER, data_samples, detector_cfg, tiny_text_model
+
+STEPS = 50
+NAMES = ['red circle', 'blue circle', 'dog', 'hot dog']
+
+
+class WithMmdetsSelection(LoRAGroundingDINO):
+    """Query selection as in mmdet."""
+
+    pre_decoder = GroundingDINO.pre_decoder
+
+
+def with_mmdets_layers(detector: LoRAGroundingDINO) -> LoRAGroundingDINO:
+    """The same detector on the classes that the lean ones stand for."""
+    originals = {lean: original for original, lean in FUSED.items()}
+    originals[FusedGroundingDinoEncoder] = GroundingDinoTransformerEncoder
+    originals[FusedGroundingDinoDecoder] = GroundingDinoTransformerDecoder
+    originals[TokenLogits] = ContrastiveEmbed
+    originals[LoRAGroundingDINO] = WithMmdetsSelection
+    for module in list(detector.modules()):
+        if type(module) in originals:
+            module.__class__ = originals[type(module)]
+    return detector
+
+
+def loss_curve(detector: LoRAGroundingDINO) -> list[float]:
+    torch.manual_seed(1)
+    detector.train()
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in detector.parameters() if parameter.requires_grad], lr=1e-4
+    )
+    images = torch.randn(2, 3, 64, 64)
+    samples = data_samples(NAMES, [3, 1])
+    curve = []
+    for _ in range(STEPS):
+        loss = sum(detector.loss(images, copy.deepcopy(samples)).values())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(detector.parameters(), 0.1)
+        optimizer.step()
+        curve.append(loss.item())
+    return curve
+
+
+@pytest.mark.parametrize('preset', ['decoder', 'all'])
+def test_loss_curve_equals_the_one_with_mmdets_layers(preset, tmp_path):
+    init_default_scope('mmdet')
+    cfg = detector_cfg(tiny_text_model(str(tmp_path)), lora=dict(preset=preset, r=4))
+    # Dropout would draw other numbers in other layers.
+    cfg['encoder'] = copy.deepcopy(SMALL_ENCODER)
+    cfg['encoder']['fusion_layer_cfg']['dropout'] = 0.0
+    cfg['backbone']['drop_path_rate'] = 0.0
+    torch.manual_seed(0)
+    lean = MODELS.build(ConfigDict(cfg))
+    lean.language_model.is_init = True
+    lean.init_weights()
+    plain = with_mmdets_layers(copy.deepcopy(lean))
+    expected, actual = loss_curve(plain), loss_curve(lean)
+    assert expected[-1] < 0.9 * expected[0]
+    assert actual == pytest.approx(expected, rel=1e-4)
