@@ -1,5 +1,6 @@
 """Adapters: where they go, how they are stored, and what they stand on."""
 
+from .adapters import base_only, load_adapter, set_adapter
 from .base import load_base
 from .checkpoint import install_hooks
 from .files import export_adapter
@@ -14,11 +15,14 @@ __all__ = [
     'PRESETS',
     'LoraState',
     'Report',
+    'base_only',
     'describe',
     'export_adapter',
     'inject',
     'install_hooks',
+    'load_adapter',
     'load_base',
     'lora_state',
+    'set_adapter',
     'set_frozen_eval',
 ]

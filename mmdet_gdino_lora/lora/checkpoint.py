@@ -63,12 +63,17 @@ def own_names(detector: nn.Module) -> set[str]:
         dot = f'{prefix}.' if prefix else ''
         parameters = {k: p for k, p in module._parameters.items() if p is not None}
         trained = {k for k, p in parameters.items() if p.requires_grad}
-        own = trained | {k for k in parameters if '.lora_' in dot + k}
+        own = trained | {k for k in parameters if _is_own_adapter(dot + k)}
         if trained:
             own.update(k for k in module._buffers if k not in module._non_persistent_buffers_set)
         own.update(k for k in parameters if base_name(dot + k) in beyond)
         names.update(dot + key for key in own)
     return names
+
+
+def _is_own_adapter(name: str) -> bool:
+    """Whether this is a weight of the adapter that is trained, and not of one loaded beside it."""
+    return '.lora_' in name and (f'.{ADAPTER}.' in name or name.endswith(f'.{ADAPTER}'))
 
 
 def record(detector: nn.Module) -> dict[str, Any]:
@@ -209,7 +214,7 @@ def _check_adapter(
                 'config that it was trained with.'
             )
     theirs = {name for name in incoming if '.lora_' in name}
-    ours = {name for name in own if '.lora_' in name}
+    ours = {name for name in own if _is_own_adapter(name)}
     if theirs != ours:
         name = sorted(theirs ^ ours)[0]
         module = name.split('.lora_')[0]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
 
 ADAPTER = 'default'
 """PEFT's name of the adapter that is trained."""
@@ -49,6 +49,9 @@ class LoraState:
         changed: Plain names of further weights that no longer are the base's: those that the
             adapter's initialisation rewrote (PiSSA), and those that came with an adapter.
         full_checkpoint: Whether checkpoints hold the base as well.
+        freed: For every adapter loaded, the weights that it changes without low-rank factors.
+        base_values: The base's values of those weights.
+        active: Name of the adapter that is switched on, or weights by name.
     """
 
     base: Optional[Base] = None
@@ -57,6 +60,9 @@ class LoraState:
     targets: tuple[str, ...] = ()
     changed: set[str] = dataclasses.field(default_factory=set)
     full_checkpoint: bool = False
+    freed: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
+    base_values: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    active: Union[str, Mapping[str, float]] = ADAPTER
 
 
 def lora_state(detector: nn.Module) -> LoraState:

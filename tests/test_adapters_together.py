@@ -1,0 +1,107 @@
+"""Several adapters on one base: switched, combined, switched off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.runner.checkpoint import load_checkpoint
+from torch import nn
+
+from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.lora import base_only, export_adapter, load_adapter, set_adapter
+from mmdet_gdino_lora.lora.merge import merged_weights
+from tests.test_lora_checkpoint import base, build, detections, same, save, train  # noqa: F401
+
+TEXT_LORA = dict(preset='decoder+text', r=3, use_rslora=True)
+
+
+def close(one: tuple, other: tuple) -> bool:
+    """Within a thousandth of a pixel and 1e-5 of a score."""
+    (boxes, scores), (other_boxes, other_scores) = one, other
+    near = torch.allclose(scores, other_scores, rtol=0, atol=1e-5)
+    return near and torch.allclose(boxes, other_boxes, rtol=0, atol=1e-3)
+
+
+@pytest.fixture(scope='module')
+def first(text_dir: str, base: str) -> nn.Module:  # noqa: F811
+    detector = build(text_dir, base_checkpoint=base)
+    train(detector, steps=1)
+    return detector.eval()
+
+
+@pytest.fixture(scope='module')
+def second(text_dir: str, base: str) -> nn.Module:  # noqa: F811
+    """Another preset, another rank, and a norm trained beside it."""
+    detector = build(
+        text_dir, base_checkpoint=base, lora=TEXT_LORA, trainable=['memory_trans_norm']
+    )
+    train(detector, steps=2)
+    return detector.eval()
+
+
+@pytest.mark.parametrize('form', ['checkpoint', 'peft'])
+def test_adapters_are_switched_combined_and_switched_off(
+    text_dir: str,
+    base: str,  # noqa: F811
+    first: nn.Module,
+    second: nn.Module,
+    tmp_path: Path,
+    form: str,
+) -> None:
+    if form == 'peft':
+        source = str(tmp_path / 'second')
+        export_adapter(second, source)
+    else:
+        source = save(second, tmp_path / 'second.pth')
+    detector = build(text_dir, base_checkpoint=base)
+    load_checkpoint(detector, save(first, tmp_path / 'first.pth'))
+    trained = {name for name, p in detector.named_parameters() if p.requires_grad}
+    load_adapter(detector, source, 'second')
+
+    assert same(detections(detector), detections(first))
+    set_adapter(detector, 'second')
+    assert close(detections(detector), detections(second))
+    with base_only(detector):
+        plain = build(text_dir, lora=None, base_checkpoint=base)
+        assert same(detections(detector), detections(plain))
+    assert close(detections(detector), detections(second))
+    set_adapter(detector, {'default': 0.5})
+    plain.load_state_dict(merged_weights(first, 0.5))
+    assert close(detections(detector), detections(plain))
+    set_adapter(detector, {'default': 0.5, 'second': 0.5})
+    assert not close(detections(detector), detections(plain))
+    set_adapter(detector, 'default')
+    assert same(detections(detector), detections(first))
+    assert trained == {name for name, p in detector.named_parameters() if p.requires_grad}
+
+
+def test_switching_off_while_training_loses_nothing(text_dir: str, base: str) -> None:  # noqa: F811
+    detector = build(text_dir, base_checkpoint=base)
+    for _ in range(2):
+        train(detector, steps=1)
+        before = {name: p.detach().clone() for name, p in detector.named_parameters()}
+        with base_only(detector):
+            pass
+        assert all(torch.equal(p, before[name]) for name, p in detector.named_parameters())
+
+
+def test_what_does_not_belong_is_refused(
+    text_dir: str,
+    base: str,  # noqa: F811
+    second: nn.Module,
+    tmp_path: Path,
+) -> None:
+    source = save(second, tmp_path / 'second.pth')
+    content = torch.load(base)
+    content['state_dict']['encoder.layers.0.norms.0.weight'] += 1e-3
+    other = str(tmp_path / 'other.pth')
+    torch.save(content, other)
+    with pytest.raises(ConfigError, match='base.pth.*other.pth'):
+        load_adapter(build(text_dir, base_checkpoint=other), source, 'second')
+    detector = build(text_dir, base_checkpoint=base)
+    with pytest.raises(ConfigError, match="'third' is not loaded"):
+        set_adapter(detector, 'third')
+    with pytest.raises(ConfigError, match="'default' is there already"):
+        load_adapter(detector, source, 'default')
