@@ -10,8 +10,9 @@ from typing import Callable, Optional
 
 # The checkout that a tool lies in is the one it runs.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-# mmengine looks at pkg_resources in every process that imports it.
-warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+# What mmengine and mmdet make Python and torch say in every run.
+for _message in ('pkg_resources is deprecated', 'torch.meshgrid: in an upcoming release'):
+    warnings.filterwarnings('ignore', message=_message)
 
 
 def run(main: Callable[[], None]) -> None:

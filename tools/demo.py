@@ -34,16 +34,14 @@ def main() -> None:
     say('data: coloured shapes on cluttered backgrounds, drawn here')
     write_shapes(cfg.data_root, splits={k: v for k, v in SPLITS.items() if k != 'base_train'})
     check_config(cfg)
-    sets = {
-        'new': validation(cfg, 'new_val', NEW_CLASSES),
-        'base': validation(cfg, 'base_val', BASE_CLASSES),
-    }
     # Both sets are measured here, in place of the runner's validation on one of them.
-    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
-
+    validation = {key: cfg.pop(key) for key in ('val_dataloader', 'val_evaluator', 'val_cfg')}
+    runner = build_quietly(cfg)
+    sets = {
+        'new': load_set(validation, cfg.data_root, 'new_val', NEW_CLASSES),
+        'base': load_set(validation, cfg.data_root, 'base_val', BASE_CLASSES),
+    }
     say('the base as it is shipped')
-    with quiet():
-        runner = build_runner(cfg)
     before = {name: measure(runner.model, name, *data) for name, data in sets.items()}
     say('training its adapters')
     runner.train()
@@ -66,20 +64,41 @@ def say(text: str) -> None:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps off the screen what mmengine and pycocotools say while they set up."""
-    threshold = logging.root.manager.disable
-    logging.disable(logging.INFO)
+    from mmengine.logging import MMLogger
+
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.WARNING)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logging.disable(threshold)
+        logger.setLevel(level)
 
 
-def validation(cfg, split: str, classes: tuple[str, ...]) -> tuple:
-    """The config's validation data and metric, for a split of the shapes.
+def build_quietly(cfg):
+    """Builds the runner without its page of settings; what it says later is shown.
 
     Args:
         cfg: Config of the run.
+
+    Returns:
+        mmengine's runner.
+    """
+    cfg.log_level = 'WARNING'
+    runner = build_runner(cfg)
+    runner.logger.setLevel(logging.INFO)
+    for handler in runner.logger.handlers:
+        handler.setLevel(logging.INFO)
+    return runner
+
+
+def load_set(cfg: dict, root: str, split: str, classes: tuple[str, ...]) -> tuple:
+    """The config's validation data and metric, for a split of the shapes.
+
+    Args:
+        cfg: With ``val_dataloader`` and ``val_evaluator``.
+        root: Folder of the data set.
         split: Name of the split.
         classes: Its classes.
 
@@ -90,13 +109,13 @@ def validation(cfg, split: str, classes: tuple[str, ...]) -> tuple:
     from mmengine.runner import Runner
 
     annotations = f'annotations/{split}.json'
-    loader = copy.deepcopy(cfg.val_dataloader)
+    loader = copy.deepcopy(cfg['val_dataloader'])
     loader.dataset.update(
         metainfo=dict(classes=classes), ann_file=annotations, data_prefix=dict(img=f'{split}/')
     )
     with quiet():
         data = Runner.build_dataloader(loader)
-        evaluator = Evaluator({**cfg.val_evaluator, 'ann_file': cfg.data_root + annotations})
+        evaluator = Evaluator({**cfg['val_evaluator'], 'ann_file': root + annotations})
     evaluator.dataset_meta = data.dataset.metainfo
     return data, evaluator
 
@@ -150,16 +169,12 @@ def draw(model, loader, path: str, images: int = 6, zoom: int = 3) -> None:
     for sample in samples:
         image = cv2.imread(sample.img_path)
         image = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
-        found = sample.pred_instances[sample.pred_instances.scores > 0.3]
-        truth = sample.gt_instances
+        found = sample.pred_instances[sample.pred_instances.scores > 0.3].numpy()
+        truth = sample.gt_instances.numpy()
+        predicted = [f'{names[i]} {score:.2f}' for i, score in zip(found.labels, found.scores)]
         pair = [
             draw_boxes(image, truth.bboxes * zoom, truth.labels, [names[i] for i in truth.labels]),
-            draw_boxes(
-                image,
-                found.bboxes * zoom,
-                found.labels,
-                [f'{names[i]} {s:.2f}' for i, s in zip(found.labels, found.scores)],
-            ),
+            draw_boxes(image, found.bboxes * zoom, found.labels, predicted),
         ]
         pairs.append(np.hstack([cv2.copyMakeBorder(p, 3, 3, 3, 3, 0) for p in pair]))
     cv2.imwrite(path, np.vstack([np.hstack(pairs[i : i + 2]) for i in range(0, images, 2)]))
