@@ -20,6 +20,7 @@ metainfo = dict(
 model = dict(
     base_checkpoint='{{ fileDirname }}/../assets/shapes/base.safetensors',
     lora=dict(preset=['encoder', 'decoder'], r=16, lora_alpha=32),
+    bbox_head=dict(criterion=dict(enc_target='objectness')),
 )
 
 train_dataloader = dict(
@@ -42,7 +43,12 @@ test_evaluator = val_evaluator
 
 # 400 images in batches of 8: 200 iterations.
 train_cfg = dict(max_epochs=4, val_interval=4)
-optim_wrapper = dict(optimizer=dict(lr=0.001))
+optim_wrapper = dict(
+    _delete_=True,
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=0.001, weight_decay=0.0001),
+    clip_grad=dict(max_norm=0.1, norm_type=2),
+)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=10),
     dict(

@@ -60,6 +60,7 @@ model = dict(
         out_indices=(1, 2, 3),
         norm_cfg=dict(type='GN', num_groups=16, requires_grad=True),
         norm_eval=False,
+        zero_init_residual=False,
         style='pytorch',
     ),
     neck=dict(
@@ -104,7 +105,8 @@ model = dict(
         type='GroundingDINOCriterionHead',
         num_classes=16,
         contrastive_cfg=dict(max_text_len=256, log_scale='auto', bias=True),
-        criterion=dict(type='GroundingDINOCriterion'),
+        # From random weights, classes in the encoder's targets teach the image features sooner.
+        criterion=dict(type='GroundingDINOCriterion', enc_target='tokens'),
     ),
     dn_cfg=dict(
         label_noise_scale=0.5,
@@ -190,6 +192,7 @@ optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=0.0004, weight_decay=0.0001),
     clip_grad=dict(max_norm=0.1, norm_type=2),
+    paramwise_cfg=dict(custom_keys={'backbone': dict(lr_mult=2.0)}),
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=60),
