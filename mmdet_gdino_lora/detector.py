@@ -7,7 +7,7 @@ versions of mmdet's layers in ``layers/``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional, Union
 
 import torch
@@ -27,9 +27,17 @@ from .layers.decoder import FusedGroundingDinoDecoder
 from .layers.denoising import DenoisingQueryGenerator
 from .layers.encoder import FusedGroundingDinoEncoder
 from .layers.fuse import fuse
-from .layers.levels import level_tensors
+from .layers.levels import level_tensors, padding_masks
 from .layers.proposals import select_proposals
-from .lora import GradientCheck, inject, install_hooks, load_base, set_frozen_eval
+from .lora import (
+    GradientCheck,
+    export_adapter,
+    inject,
+    install_hooks,
+    load_base,
+    lora_state,
+    set_frozen_eval,
+)
 from .text import TokenizedCaption
 
 NO_DENOISING = dict(group_cfg=dict(dynamic=False, num_groups=1))
@@ -123,6 +131,27 @@ class LoRAGroundingDINO(GroundingDINO):
         self.decoder = FusedGroundingDinoDecoder(**decoder)
 
     # ---------------------------------------------------------------------------- weights and modes
+
+    def export_adapter(
+        self,
+        folder: str,
+        classes: Sequence[str] = (),
+        metrics: Optional[Mapping[str, float]] = None,
+    ) -> bool:
+        """Writes the adapter in PEFT's format.
+
+        Args:
+            folder: Created if missing.
+            classes: Class names, for the model card.
+            metrics: For the model card.
+
+        Returns:
+            Whether there is an adapter.
+        """
+        if lora_state(self).config is None:
+            return False
+        export_adapter(self, folder, classes=classes, metrics=metrics)
+        return True
 
     def init_weights(self) -> None:
         """Random and pretrained initialisation, where no base has brought the weights.
@@ -243,7 +272,7 @@ class LoRAGroundingDINO(GroundingDINO):
     def pre_transformer(
         self, mlvl_feats: Sequence[Tensor], batch_data_samples: Optional[SampleList] = None
     ) -> tuple[dict, dict]:
-        """As mmdet's, with the levels' sizes known to the host.
+        """As mmdet's, without waiting for the device to learn the levels' sizes.
 
         Args:
             mlvl_feats: Feature maps [B, C, H, W], one per level.
@@ -252,11 +281,34 @@ class LoRAGroundingDINO(GroundingDINO):
         Returns:
             Inputs of the encoder and inputs of the decoder.
         """
-        inputs = super().pre_transformer(mlvl_feats, batch_data_samples)
+        first = batch_data_samples[0]
+        shapes = [sample.img_shape for sample in batch_data_samples]
+        masks = padding_masks(mlvl_feats, shapes, first.batch_input_shape)
+        if masks is None:
+            positions = [self.positional_encoding(None, input=feat) for feat in mlvl_feats]
+            valid_ratios = mlvl_feats[0].new_ones(len(shapes), len(mlvl_feats), 2)
+            mask = None
+        else:
+            positions = [self.positional_encoding(level) for level in masks]
+            valid_ratios = torch.stack([self.get_valid_ratio(level) for level in masks], 1)
+            mask = torch.cat([level.flatten(1) for level in masks], 1)
+        positions = [
+            position.flatten(2).transpose(1, 2) + embedding
+            for position, embedding in zip(positions, self.level_embed)
+        ]
         spatial_shapes, level_start_index = level_tensors(mlvl_feats)
-        for part in inputs:
-            part.update(spatial_shapes=spatial_shapes, level_start_index=level_start_index)
-        return inputs
+        levels = dict(
+            spatial_shapes=spatial_shapes,
+            level_start_index=level_start_index,
+            valid_ratios=valid_ratios,
+        )
+        encoder_inputs = dict(
+            feat=torch.cat([feat.flatten(2).transpose(1, 2) for feat in mlvl_feats], 1),
+            feat_mask=mask,
+            feat_pos=torch.cat(positions, 1),
+            **levels,
+        )
+        return encoder_inputs, dict(memory_mask=mask, **levels)
 
     def pre_decoder(
         self,

@@ -74,17 +74,21 @@ class GroundingDINOCriterionHead(GroundingDINOHead):
         logits, boxes = self(hidden_states, references, memory_text, text_token_mask)
         outputs: dict[str, Any] = dict(text_token_mask=text_token_mask)
         num_dn = dn_meta['num_denoising_queries'] if dn_meta else 0
+        # split and unbind once: each slice of a stack would get a zero gradient of the whole's size
+        sizes = [num_dn, logits.shape[2] - num_dn]
+        dn_logits, logits = logits.split(sizes, dim=2)
+        dn_boxes, boxes = boxes.split(sizes, dim=2)
         if num_dn:
             outputs['dn_outputs'] = dict(
-                pred_logits=logits[:, :, :num_dn],
-                pred_boxes=boxes[:, :, :num_dn],
+                pred_logits=dn_logits,
+                pred_boxes=dn_boxes,
                 num_groups=dn_meta['num_denoising_groups'],
             )
-        layers = [
+        *earlier, last = [
             dict(pred_logits=layer_logits, pred_boxes=layer_boxes)
-            for layer_logits, layer_boxes in zip(logits[:, :, num_dn:], boxes[:, :, num_dn:])
+            for layer_logits, layer_boxes in zip(logits.unbind(), boxes.unbind())
         ]
-        outputs.update(layers[-1], aux_outputs=layers[:-1])
+        outputs.update(last, aux_outputs=earlier)
         if enc_outputs_class is not None:
             outputs['enc_outputs'] = dict(
                 pred_logits=enc_outputs_class, pred_boxes=enc_outputs_coord
@@ -94,14 +98,15 @@ class GroundingDINOCriterionHead(GroundingDINOHead):
         return {name: value * weights[name] for name, value in components.items()}
 
     @staticmethod
-    def targets(batch_data_samples: SampleList) -> list[dict[str, Tensor]]:
+    def targets(batch_data_samples: SampleList) -> list[dict[str, Any]]:
         """Ground truth in the criterion's form.
 
         Args:
             batch_data_samples: As in :meth:`loss`.
 
         Returns:
-            Per image: labels [N], boxes [N, 4] as (cx, cy, w, h) in 0..1, token_labels [N, T].
+            Per image: labels [N], boxes [N, 4] as (cx, cy, w, h) in 0..1, token_labels [N, T] and
+            img_meta, which a user's own matching cost may read.
         """
         targets = []
         for sample in batch_data_samples:
@@ -115,6 +120,7 @@ class GroundingDINOCriterionHead(GroundingDINOHead):
                         instances.bboxes / size.to(instances.bboxes.device, non_blocking=True)
                     ),
                     token_labels=instances.positive_maps,
+                    img_meta=sample.metainfo,
                 )
             )
         return targets
