@@ -56,4 +56,4 @@ format: env
 	$(RUN) -m ruff format .
 
 test: lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile

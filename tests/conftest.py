@@ -13,7 +13,8 @@ from mmdet.utils import register_all_modules
 from tests.builders import build, detector_cfg, tiny_text_model
 
 register_all_modules(init_default_scope=True)
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# pytest-xdist keeps both cores busy with a process each
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope='session')
