@@ -70,3 +70,6 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=0.1, norm_type=2),
 )
 auto_scale_lr = dict(enable=False, base_batch_size=4)
+
+# Atomic writes, and the adapter in PEFT's format beside each checkpoint.
+default_hooks = dict(checkpoint=dict(type='AdapterCheckpointHook'))

@@ -117,8 +117,16 @@ def build_runner(cfg):
 
     Returns:
         mmengine's ``Runner``, or the one that ``runner_type`` names.
+
+    Raises:
+        ConfigError: ``load_from`` is a file that is truncated or no checkpoint; mmengine would
+            find out only when everything else is built.
     """
     from mmdet.registry import RUNNERS
     from mmengine.runner import Runner
 
+    from mmdet_gdino_lora.lora.base import read_file
+
+    if cfg.get('load_from') and os.path.isfile(cfg.load_from):
+        read_file(cfg.load_from)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
