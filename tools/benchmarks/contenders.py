@@ -165,7 +165,7 @@ def ours(folder: str, scale: Scale, preset: str | None, checkpointing: bool = Fa
     cfg.update(type='LoRAGroundingDINO', lora=dict(preset=preset, **RANK) if preset else None)
     cfg.bbox_head = dict(
         type='GroundingDINOCriterionHead',
-        num_classes=256,
+        num_classes=max(256, scale.classes),
         contrastive_cfg=cfg.bbox_head.contrastive_cfg,
         criterion=dict(type='GroundingDINOCriterion'),
     )
