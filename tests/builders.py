@@ -15,6 +15,8 @@ from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from torch import nn
 
+#: Of every process: pytest-xdist keeps the other cores busy.
+THREADS = 1
 WORDS = ['red', 'blue', 'green', 'dog', 'hot', 'cat', 'star'] + [
     'circle',
     'square',

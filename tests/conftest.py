@@ -10,11 +10,10 @@ import pytest
 import torch
 from mmdet.utils import register_all_modules
 
-from tests.builders import build, detector_cfg, tiny_text_model
+from tests.builders import THREADS, build, detector_cfg, tiny_text_model
 
 register_all_modules(init_default_scope=True)
-# pytest-xdist keeps both cores busy with a process each
-torch.set_num_threads(1)
+torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope='session')

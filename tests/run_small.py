@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
 import mmdet_gdino_lora  # noqa: F401
-from tests.builders import WORDS, data_samples, detector_cfg
+from tests.builders import THREADS, WORDS, data_samples, detector_cfg
 
 
 @DATASETS.register_module(force=True)
@@ -102,5 +102,5 @@ def run(
 
 if __name__ == '__main__':
     register_all_modules(init_default_scope=True)
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(THREADS)  # as in the tests: sums depend on it
     run(*sys.argv[1:4], by_epoch=sys.argv[4] == 'epoch', kill_at=int(sys.argv[5]))
