@@ -7,20 +7,19 @@ metainfo = dict(
     classes=(
         'purple star',
         'orange star',
-        'white star',
-        'purple cross',
-        'orange cross',
-        'white cross',
+        'cyan star',
+        'purple bar',
+        'orange bar',
+        'cyan bar',
         'purple heart',
         'orange heart',
-        'white heart',
+        'cyan heart',
     )
 )
 
 model = dict(
     base_checkpoint='{{ fileDirname }}/../assets/shapes/base.safetensors',
     lora=dict(preset=['encoder', 'decoder'], r=16, lora_alpha=32),
-    bbox_head=dict(criterion=dict(enc_target='objectness')),
 )
 
 train_dataloader = dict(

@@ -31,8 +31,8 @@ import numpy as np
 
 BASE_COLOURS = ('red', 'green', 'blue', 'yellow')
 BASE_SHAPES = ('circle', 'square', 'triangle')
-NEW_COLOURS = ('purple', 'orange', 'white')
-NEW_SHAPES = ('star', 'cross', 'heart')
+NEW_COLOURS = ('purple', 'orange', 'cyan')
+NEW_SHAPES = ('star', 'bar', 'heart')
 BASE_CLASSES = tuple(f'{colour} {shape}' for shape in BASE_SHAPES for colour in BASE_COLOURS)
 NEW_CLASSES = tuple(f'{colour} {shape}' for shape in NEW_SHAPES for colour in NEW_COLOURS)
 
@@ -45,7 +45,7 @@ HSV = {
     'green': (60, 205, 185),
     'blue': (113, 215, 215),
     'purple': (143, 190, 190),
-    'white': (0, 8, 248),
+    'cyan': (88, 215, 225),
 }
 
 
@@ -86,13 +86,9 @@ def outline(shape: str) -> np.ndarray:
         x = 16 * np.sin(turn) ** 3
         y = -13 * np.cos(turn) + 5 * np.cos(2 * turn) + 2 * np.cos(3 * turn) + np.cos(4 * turn)
         return np.stack([x, y], 1) / 17
-    if shape == 'cross':
-        arm, tip = 0.32, 0.95
-        quarter = np.array([[arm, -arm], [tip, -arm], [tip, arm]])
-        turns = [np.array([[c, -s], [s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
-        return np.concatenate([quarter @ turn.T for turn in turns])
-    if shape == 'square':
-        return np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * 0.75
+    if shape in ('square', 'bar'):
+        half = [0.75, 0.75] if shape == 'square' else [1.0, 0.3]
+        return np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * half
     corners, inner = {'triangle': (3, None), 'star': (5, 0.42)}[shape]
     radii = np.ones(corners) if inner is None else np.tile([1.0, inner], corners)
     turn = np.linspace(0, 2 * np.pi, len(radii), endpoint=False) - np.pi / 2
@@ -192,7 +188,7 @@ def _bgr(rng: np.random.Generator, colour: str) -> np.ndarray:
     hue, saturation, value = HSV[colour]
     hsv = [
         (hue + rng.uniform(-4, 4)) % 180,
-        np.clip(saturation + rng.uniform(-30, 20) * (saturation > 100), 0, 255),
+        np.clip(saturation + rng.uniform(-30, 20), 0, 255),
         np.clip(value + rng.uniform(-35, 15), 0, 255),
     ]
     return cv2.cvtColor(np.array([[hsv]], dtype=np.uint8), cv2.COLOR_HSV2BGR)[0, 0].astype(float)
