@@ -45,7 +45,7 @@ train_cfg = dict(max_epochs=4, val_interval=4)
 optim_wrapper = dict(
     _delete_=True,
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=0.001, weight_decay=0.0001),
+    optimizer=dict(type='AdamW', lr=0.002, weight_decay=0.0001),
     clip_grad=dict(max_norm=0.1, norm_type=2),
 )
 param_scheduler = [
