@@ -28,16 +28,20 @@ from .layers.denoising import DenoisingQueryGenerator
 from .layers.encoder import FusedGroundingDinoEncoder
 from .layers.fuse import fuse
 from .layers.levels import level_tensors, padding_masks
-from .layers.proposals import select_proposals
+from .layers.proposals import Proposals, select_proposals
 from .lora import (
+    ADAPTER,
     GradientCheck,
     export_adapter,
     inject,
     install_hooks,
+    load_adapter,
     load_base,
     lora_state,
+    set_adapter,
     set_frozen_eval,
 )
+from .retain import Retention
 from .text import TokenizedCaption
 
 NO_DENOISING = dict(group_cfg=dict(dynamic=False, num_groups=1))
@@ -64,6 +68,8 @@ class LoRAGroundingDINO(GroundingDINO):
         full_checkpoint: Whether checkpoints hold the frozen base as well.
         base_dtype: ``'bfloat16'`` keeps the frozen weights in half the bytes (adapters stay
             float32) and runs the model in mixed precision, ``--amp`` or not.
+        retain: ``names`` of classes that must survive, ``weight`` and ``every``, as for
+            :class:`~.retain.Retention`: the base teaches the adapted model what it knew.
         bbox_head: Config of the head.
         dn_cfg: Config of the denoising queries; None switches denoising off.
         **kwargs: As for ``GroundingDINO``.
@@ -85,6 +91,7 @@ class LoRAGroundingDINO(GroundingDINO):
         check_adapters: bool = True,
         full_checkpoint: bool = False,
         base_dtype: str = 'float32',
+        retain: Optional[dict] = None,
         dn_cfg: Optional[dict] = None,
         **kwargs: Any,
     ) -> None:
@@ -114,6 +121,14 @@ class LoRAGroundingDINO(GroundingDINO):
                     'set model.base_checkpoint (instead of load_from).'
                 )
             precision.cast_frozen(self, self._base_dtype)
+        self.retention = None
+        if retain:
+            if lora is None:
+                raise ConfigError(
+                    'model.retain holds adapters to their base, and this model has none; set '
+                    'model.lora as well.'
+                )
+            self.retention = Retention(**retain)
         self._check_adapters = check_adapters and lora is not None
         self._gradient_check: Optional[GradientCheck] = None
         self._boxes_in_last_step = 0
@@ -152,6 +167,31 @@ class LoRAGroundingDINO(GroundingDINO):
             return False
         export_adapter(self, folder, classes=classes, metrics=metrics)
         return True
+
+    def load_adapter(self, source: str, name: str) -> None:
+        """Puts another adapter beside the detector's own, switched off.
+
+        Args:
+            source: A folder in PEFT's format or a training checkpoint, of the same base.
+            name: To call it by in :meth:`set_adapter`.
+
+        Raises:
+            ConfigError: As :func:`~.lora.adapters.load_adapter`.
+        """
+        load_adapter(self, source, name)
+        fuse(self)
+
+    def set_adapter(self, adapter: Union[str, Mapping[str, float], None] = ADAPTER) -> None:
+        """Switches to an adapter, to a combination, or to the base; nothing is read again.
+
+        Args:
+            adapter: A name (``'default'`` is the detector's own); or weights by name: changes to
+                the base are added up with these weights; or None: the base alone.
+
+        Raises:
+            ConfigError: For a name that isn't loaded.
+        """
+        set_adapter(self, adapter)
 
     def init_weights(self) -> None:
         """Random and pretrained initialisation, where no base has brought the weights.
@@ -310,6 +350,42 @@ class LoRAGroundingDINO(GroundingDINO):
         )
         return encoder_inputs, dict(memory_mask=mask, **levels)
 
+    def select_proposals(
+        self,
+        memory: Tensor,
+        memory_mask: Optional[Tensor],
+        spatial_shapes: Tensor,
+        memory_text: Tensor,
+        text_token_mask: Tensor,
+        positions: Optional[Tensor] = None,
+    ) -> Proposals:
+        """The encoder's proposals that become the decoder's queries.
+
+        Args:
+            memory: Image features after the encoder [B, N, C].
+            memory_mask: True at padding [B, N], or None.
+            spatial_shapes: Height and width of every level [levels, 2].
+            memory_text: Text features after the encoder [B, T, C].
+            text_token_mask: True at real tokens [B, T].
+            positions: Which ones [B, Q]; None: the best.
+
+        Returns:
+            ``num_queries`` of them.
+        """
+        last = self.decoder.num_layers
+        return select_proposals(
+            memory,
+            memory_mask,
+            spatial_shapes,
+            memory_text,
+            text_token_mask,
+            transform=lambda x: self.memory_trans_norm(self.memory_trans_fc(x)),
+            classify=self.bbox_head.cls_branches[last],
+            regress=self.bbox_head.reg_branches[last],
+            num_queries=self.num_queries,
+            positions=positions,
+        )
+
     def pre_decoder(
         self,
         memory: Tensor,
@@ -335,19 +411,9 @@ class LoRAGroundingDINO(GroundingDINO):
         Returns:
             Inputs of the decoder and inputs of the head.
         """
-        last = self.decoder.num_layers
-        proposals = select_proposals(
-            memory,
-            memory_mask,
-            spatial_shapes,
-            memory_text,
-            text_token_mask,
-            transform=lambda x: self.memory_trans_norm(self.memory_trans_fc(x)),
-            classify=self.bbox_head.cls_branches[last],
-            regress=self.bbox_head.reg_branches[last],
-            num_queries=self.num_queries,
+        proposals = self.select_proposals(
+            memory, memory_mask, spatial_shapes, memory_text, text_token_mask
         )
-
         query = self.query_embedding.weight[None].expand(len(memory), -1, -1)
         reference_points = proposals.boxes.detach()
         dn_mask, dn_meta = None, None
@@ -419,12 +485,26 @@ class LoRAGroundingDINO(GroundingDINO):
             The head's components under the criterion's names.
         """
         self._watch_gradients(batch_data_samples)
+        features, taught = None, None
+        if self.retention is not None and self.training and self.retention.is_due():
+            if self._is_image_part_frozen():
+                features = self.extract_feat(batch_inputs)
+            # Before any graph exists: to be the base, freed parameters change in place.
+            taught = self.retention.teach(self, features, batch_inputs, batch_data_samples)
         captions = self.captions(batch_data_samples)
         text_dict = self.encode_text(captions)
         self._attach_targets(batch_data_samples, captions, text_dict['text_token_mask'])
-        features = self.extract_feat(batch_inputs)
+        if features is None:
+            features = self.extract_feat(batch_inputs)
         head_inputs = self.forward_transformer(features, text_dict, batch_data_samples)
-        return self.bbox_head.loss(**head_inputs, batch_data_samples=batch_data_samples)
+        losses = self.bbox_head.loss(**head_inputs, batch_data_samples=batch_data_samples)
+        if taught is not None:
+            losses.update(self.retention.loss(self, features, batch_data_samples, taught))
+        return losses
+
+    def _is_image_part_frozen(self) -> bool:
+        parts = [self.backbone, self.neck] if self.with_neck else [self.backbone]
+        return not any(p.requires_grad for part in parts for p in part.parameters())
 
     def _watch_gradients(self, batch_data_samples: SampleList) -> None:
         # Runners of several GPUs never call this detector's train_step, so that a step is known to

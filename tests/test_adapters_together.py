@@ -58,21 +58,21 @@ def test_adapters_are_switched_combined_and_switched_off(
     detector = build(text_dir, base_checkpoint=base)
     load_checkpoint(detector, save(first, tmp_path / 'first.pth'))
     trained = {name for name, p in detector.named_parameters() if p.requires_grad}
-    load_adapter(detector, source, 'second')
+    detector.load_adapter(source, 'second')
 
     assert same(detections(detector), detections(first))
-    set_adapter(detector, 'second')
-    assert close(detections(detector), detections(second))
+    detector.set_adapter('second')
+    assert same(detections(detector), detections(second))
     with base_only(detector):
         plain = build(text_dir, lora=None, base_checkpoint=base)
         assert same(detections(detector), detections(plain))
-    assert close(detections(detector), detections(second))
-    set_adapter(detector, {'default': 0.5})
+    assert same(detections(detector), detections(second))
+    detector.set_adapter({'default': 0.5})
     plain.load_state_dict(merged_weights(first, 0.5))
     assert close(detections(detector), detections(plain))
-    set_adapter(detector, {'default': 0.5, 'second': 0.5})
+    detector.set_adapter({'default': 0.5, 'second': 0.5})
     assert not close(detections(detector), detections(plain))
-    set_adapter(detector, 'default')
+    detector.set_adapter('default')
     assert same(detections(detector), detections(first))
     assert trained == {name for name, p in detector.named_parameters() if p.requires_grad}
 

@@ -76,6 +76,33 @@ def test_every_trainable_parameter_gets_a_gradient_within_two_steps(
     assert all(p.grad is None for p in frozen)
 
 
+@pytest.mark.parametrize('preset', PRESETS)
+def test_gradients_are_equal_with_checkpointing_on_and_off(
+    text_dir: str, base: str, preset: str
+) -> None:
+    results = []
+    for checkpointing in (False, True):
+        cfg = detector_cfg(text_dir, lora=dict(preset=preset, r=4), base_checkpoint=base)
+        cfg.backbone.with_cp = checkpointing
+        cfg.encoder.num_cp = cfg.encoder.num_layers if checkpointing else 0
+        detector = build(cfg).train()
+        for name, parameter in detector.named_parameters():
+            if 'lora_B' in name:  # at its start, 0, it would keep lora_A's gradient from being seen
+                torch.nn.init.normal_(parameter, std=0.02)
+        torch.manual_seed(1)
+        losses = detector.loss(IMAGES, samples())
+        sum(losses.values()).backward()
+        gradients = {n: p.grad for n, p in detector.named_parameters() if p.requires_grad}
+        assert all(grad is not None and grad.any() for grad in gradients.values())
+        results.append((losses, gradients))
+    (losses, gradients), (losses_again, gradients_again) = results
+    for name, value in losses.items():
+        torch.testing.assert_close(losses_again[name], value, rtol=1e-6, atol=1e-6)
+    for name, grad in gradients.items():
+        scale = grad.abs().max()
+        assert (gradients_again[name] - grad).abs().max() <= 1e-6 * scale, name
+
+
 def test_losses_carry_the_21_names_of_six_decoder_layers_and_the_denoising_ones(
     text_dir: str,
 ) -> None:

@@ -124,8 +124,10 @@ def test_variants_start_at_the_base_learn_and_come_back_to_the_bit(
     lora = dict(r=2, preset='encoder+decoder', **variant)
     plain = detections(build(text_dir, lora=None, base_checkpoint=base))
     detector = build(text_dir, lora=lora, base_checkpoint=base)
+    # PiSSA and OLoRA split the base's own weights; all others leave them alone.
+    tolerance = 1e-5 if variant.get('init_lora_weights') in ('pissa', 'olora') else 0
     for one, other in zip(plain, detections(detector)):
-        torch.testing.assert_close(one, other, rtol=0, atol=5e-4)
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
     assert [name for name, seen in train(detector).items() if not seen] == []
     path = save(detector, tmp_path / 'tuned.pth')
     again = loaded(build(text_dir, lora=lora, base_checkpoint=base), path, caplog)

@@ -1,6 +1,7 @@
 """Detects what the texts name in one image and draws the boxes.
 
 image_demo.py CONFIG CHECKPOINT IMAGE --texts "red star . dog"
+image_demo.py CONFIG CHECKPOINT IMAGE --texts "red star . dog" --adapter default=0.5 other/=0.5
 """
 
 from __future__ import annotations
@@ -21,6 +22,13 @@ def main() -> None:
     arguments.add_argument('--out', help='picture to write; default: outputs/<name of the image>')
     arguments.add_argument('--score-thr', type=float, default=0.3, help='lowest score shown')
     arguments.add_argument('--device', help='default: cuda where there is one, else cpu')
+    arguments.add_argument(
+        '--adapter',
+        nargs='+',
+        metavar='ADAPTER[=WEIGHT]',
+        help="what is switched on: 'default' (CHECKPOINT's adapter), folders or checkpoints of "
+        "other adapters of the same base, several with weights; or 'none' (the base)",
+    )
     args = arguments.parse_args()
 
     import cv2
@@ -41,6 +49,8 @@ def main() -> None:
         raise ConfigError(f'image {args.image!r} is not an image that OpenCV can read')
 
     detector, pipeline = load(Config.fromfile(args.config), args.checkpoint, args.device)
+    if args.adapter:
+        switch(detector, args.adapter)
     found = detect(detector, pipeline, args.image, names)
     found = found[found.scores >= args.score_thr]
     boxes = found.bboxes.cpu().numpy()
@@ -94,6 +104,41 @@ def load(cfg, checkpoint: str, device: str | None = None):
     pipeline = Compose([step for step in dataset.pipeline if 'LoadAnn' not in step['type']])
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     return detector.to(device).eval(), pipeline
+
+
+def switch(detector, adapters: list[str]) -> None:
+    """Switches adapters on, and those that aren't named off.
+
+    Args:
+        detector: With its own adapter loaded.
+        adapters: As on the command line.
+
+    Raises:
+        ConfigError: The detector has no adapters, or one doesn't fit it.
+    """
+    from mmdet_gdino_lora.errors import ConfigError
+
+    if not hasattr(detector, 'set_adapter'):
+        raise ConfigError('--adapter: the config sets no model.lora, so there is nothing to switch')
+    weights: dict[str, float] = {}
+    for adapter in adapters:
+        source, _, weight = adapter.rpartition('=') if '=' in adapter else (adapter, '', '1')
+        try:
+            weights[source] = float(weight)
+        except ValueError:
+            raise ConfigError(
+                f'--adapter {adapter!r}: {weight!r} is no number; write default=0.5'
+            ) from None
+        if source not in ('default', 'none'):
+            if not os.path.exists(source):
+                raise ConfigError(
+                    f"--adapter {source!r}: neither 'default', 'none' nor a file or folder that "
+                    'is there'
+                )
+            detector.load_adapter(source, source)
+    if 'none' in weights and len(weights) > 1:
+        raise ConfigError("--adapter none: the base alone; leave the others out")
+    detector.set_adapter(None if 'none' in weights else weights)
 
 
 def detect(detector, pipeline, image: str, names: list[str]):

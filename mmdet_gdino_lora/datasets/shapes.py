@@ -65,8 +65,10 @@ class Split:
 SPLITS: Mapping[str, Split] = {
     'base_train': Split(BASE_CLASSES, 2000),
     'base_val': Split(BASE_CLASSES, 100),
+    'base_test': Split(BASE_CLASSES, 200),
     'new_train': Split(NEW_CLASSES, 400),
     'new_val': Split(NEW_CLASSES, 100),
+    'new_test': Split(NEW_CLASSES, 200),
 }
 
 

@@ -32,7 +32,10 @@ def check_config(cfg: Mapping[str, Any], stages: Sequence[str] = ('train', 'val'
         ConfigError: one sentence with the config key, the value found there and the remedy.
     """
     if cfg.get('load_from'):
-        _need_file('load_from' if not cfg.get('resume') else '--resume', cfg['load_from'])
+        # mmdet's tools put what the command line names there.
+        tested = list(stages) == ['test']
+        key = '--resume' if cfg.get('resume') else 'checkpoint' if tested else 'load_from'
+        _need_file(key, cfg['load_from'])
     for stage in stages:
         for key, dataset in _datasets(f'{stage}_dataloader', cfg.get(f'{stage}_dataloader')):
             check_dataset(key, dataset)

@@ -18,10 +18,12 @@ class Proposals(NamedTuple):
     Attributes:
         logits: [B, K, T], -inf at padding.
         boxes: [B, K, 4] as (cx, cy, w, h) before the sigmoid.
+        positions: int64 [B, K], which of the encoder's S positions they are.
     """
 
     logits: Tensor
     boxes: Tensor
+    positions: Tensor
 
 
 def select_proposals(
@@ -35,6 +37,7 @@ def select_proposals(
     classify: TokenLogits,
     regress: Callable[[Tensor], Tensor],
     num_queries: int,
+    positions: Tensor | None = None,
 ) -> Proposals:
     """mmdet's two-stage selection (``GroundingDINO.pre_decoder``), equal results.
 
@@ -52,6 +55,7 @@ def select_proposals(
         classify: the encoder's classification branch.
         regress: row by row [..., C] to [..., 4]; the encoder's box branch.
         num_queries: K.
+        positions: int64 [B, K], to select these rather than the best.
 
     Raises:
         ConfigError: If there are fewer positions than ``num_queries``.
@@ -65,12 +69,15 @@ def select_proposals(
     if memory_mask is not None:
         valid = valid & ~memory_mask
     memory = memory * valid[..., None]
-    with torch.no_grad():
-        scores = classify.best(transform(memory), memory_text, text_token_mask)
-        selected = scores.topk(num_queries, dim=1).indices[..., None]
+    if positions is None:
+        with torch.no_grad():
+            scores = classify.best(transform(memory), memory_text, text_token_mask)
+            positions = scores.topk(num_queries, dim=1).indices
+    selected = positions[..., None]
     memory = transform(memory.gather(1, selected.expand(-1, -1, memory.shape[-1])))
     boxes = boxes.expand(len(memory), -1, -1).gather(1, selected.expand(-1, -1, 4))
-    return Proposals(classify(memory, memory_text, text_token_mask), regress(memory) + boxes)
+    logits = classify(memory, memory_text, text_token_mask)
+    return Proposals(logits, regress(memory) + boxes, positions)
 
 
 def position_boxes(

@@ -7,9 +7,10 @@ from .files import export_adapter
 from .gradients import GradientCheck
 from .inject import Report, describe, inject, set_frozen_eval
 from .presets import GROUPS, PRESETS
-from .state import LoraState, lora_state
+from .state import ADAPTER, LoraState, lora_state
 
 __all__ = [
+    'ADAPTER',
     'GROUPS',
     'GradientCheck',
     'PRESETS',

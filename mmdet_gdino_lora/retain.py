@@ -1,0 +1,200 @@
+"""Keeping what the base knew: the base is one switch away, so it teaches its adapted self.
+
+Adapters that learn new classes bend whatever they touch, and a detector that never sees the old
+classes again forgets them. Here the training images are shown a second time under a caption of
+names that must survive, to the base (adapters off) and to the adapted model, and the adapted
+outputs are held to the base's: learning without forgetting (Li and Hoiem, 2016) with the frozen
+base as the teacher. No second model and none of the data that the base was trained on is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from mmdet.structures import SampleList
+from mmengine.logging import MessageHub
+from torch import Tensor, nn
+
+from .boxes import BoxDistance
+from .errors import ConfigError
+from .lora import base_only
+from .text import TokenizedCaption
+
+WEIGHTS = dict(ce=2.0, bbox=5.0, giou=2.0)
+"""Of the three parts to each other, as in the objective."""
+
+
+class Outputs(NamedTuple):
+    """Of every decoder layer and, last, of the encoder's proposals, for the same queries.
+
+    Attributes:
+        logits: L + 1 times [B, Q, T], -inf at padding.
+        boxes: L + 1 times [B, Q, 4], (cx, cy, w, h) in 0..1.
+        positions: int64 [B, Q], the encoder's positions that became the queries.
+        references: [B, Q, 4], the boxes that the decoder started from.
+    """
+
+    logits: list[Tensor]
+    boxes: list[Tensor]
+    positions: Tensor
+    references: Tensor
+
+
+class Retention:
+    """Holds the adapted detector to its base under a caption of names that must survive.
+
+    The adapted decoder starts from the base's proposals and boxes, so that every query of the one
+    stands beside the same query of the other and nothing has to be matched.
+
+    Args:
+        names: Class names that must survive.
+        weight: Of the retention loss beside the objective.
+        every: Only every so many-th iteration is a lesson.
+
+    Raises:
+        ConfigError: No names, or numbers out of range.
+    """
+
+    def __init__(self, names: Sequence[str], weight: float = 1.0, every: int = 1) -> None:
+        if isinstance(names, str) or not names:
+            raise ConfigError(
+                f'model.retain.names={names!r}: give a list of the class names that must survive'
+            )
+        if weight <= 0:
+            raise ConfigError(f'model.retain.weight={weight!r} is not above 0; leave retain out')
+        if not isinstance(every, int) or every < 1:
+            raise ConfigError(f'model.retain.every={every!r} is not a whole number from 1 on')
+        self.names = tuple(names)
+        self.weight = float(weight)
+        self.every = every
+
+    def is_due(self) -> bool:
+        """Whether this iteration is a lesson."""
+        hub = MessageHub.get_current_instance()
+        iteration = hub.get_info('iter') if 'iter' in hub.runtime_info else 0
+        return iteration % self.every == 0
+
+    def teach(
+        self, detector: nn.Module, features: Sequence[Tensor] | None, inputs: Tensor, samples: SampleList
+    ) -> Outputs:
+        """The base's outputs. To be called before the step's own forward pass.
+
+        Args:
+            detector: The adapted detector.
+            features: Of the images, where adapters don't change them; None: made here.
+            inputs: Normalised images [B, 3, H, W].
+            samples: Their data samples.
+
+        Returns:
+            Without gradient.
+        """
+        training = detector.training
+        detector.eval()
+        try:
+            with torch.no_grad(), base_only(detector):
+                if features is None:
+                    features = detector.extract_feat(inputs)
+                return self._outputs(detector, features, samples)
+        finally:
+            detector.train(training)
+
+    def loss(
+        self, detector: nn.Module, features: Sequence[Tensor], samples: SampleList, taught: Outputs
+    ) -> dict[str, Tensor]:
+        """How far the adapted outputs are from the base's.
+
+        Args:
+            detector: The adapted detector.
+            features: Of the images.
+            samples: Their data samples.
+            taught: See :meth:`teach`.
+
+        Returns:
+            Weighted ``loss_retain_ce``, ``loss_retain_bbox`` and ``loss_retain_giou``.
+        """
+        adapted = self._outputs(detector, features, samples, taught)
+        parts = distance(adapted, taught)
+        return {
+            f'loss_retain_{name}': value * (self.weight * WEIGHTS[name])
+            for name, value in parts.items()
+        }
+
+    def _caption(self, detector: nn.Module) -> TokenizedCaption:
+        return detector.language_model.caption_tokenizer.from_names(self.names)
+
+    def _outputs(
+        self,
+        detector: nn.Module,
+        features: Sequence[Tensor],
+        samples: SampleList,
+        taught: Outputs | None = None,
+    ) -> Outputs:
+        text = detector.encode_text([self._caption(detector)] * len(samples))
+        encoder_inputs, decoder_inputs = detector.pre_transformer(features, samples)
+        encoded = detector.forward_encoder(**encoder_inputs, text_dict=text)
+        proposals = detector.select_proposals(**encoded, positions=taught and taught.positions)
+        references = proposals.boxes.detach().sigmoid() if taught is None else taught.references
+        query = detector.query_embedding.weight
+        decoded = detector.forward_decoder(
+            query=query[None].expand(len(samples), -1, -1),
+            memory=encoded['memory'],
+            reference_points=references,
+            dn_mask=None,
+            memory_text=encoded['memory_text'],
+            text_attention_mask=~encoded['text_token_mask'],
+            **decoder_inputs,
+        )
+        logits, boxes = detector.bbox_head(
+            **decoded,
+            memory_text=encoded['memory_text'],
+            text_token_mask=encoded['text_token_mask'],
+        )
+        return Outputs(
+            [*logits.unbind(), proposals.logits],
+            [*boxes.unbind(), proposals.boxes.sigmoid()],
+            proposals.positions,
+            references,
+        )
+
+
+def distance(adapted: Outputs, taught: Outputs) -> Mapping[str, Tensor]:
+    """How far one set of outputs is from another.
+
+    Per layer, with the teacher's token probabilities p and scores s = max p of each query:
+
+    * ``ce``: Kullback-Leibler divergence of the adapted token probabilities from p, summed over
+      the tokens, mean over the queries;
+    * ``bbox`` and ``giou``: L1 distance and 1 - GIoU of the boxes, mean over the queries with
+      weight s: where the base sees nothing, its box means nothing.
+
+    Args:
+        adapted: With gradient.
+        taught: The teacher's.
+
+    Returns:
+        Sums over the layers.
+    """
+    parts = {name: [] for name in WEIGHTS}
+    for logits, boxes, base_logits, base_boxes in zip(
+        adapted.logits, adapted.boxes, taught.logits, taught.boxes
+    ):
+        valid = base_logits.isfinite()
+        target = base_logits.float().masked_fill(~valid, 0)
+        own = logits.float().masked_fill(~valid, 0)
+        p = target.sigmoid()
+        divergence = (
+            p * (F.logsigmoid(target) - F.logsigmoid(own))
+            + (1 - p) * (F.logsigmoid(-target) - F.logsigmoid(-own))
+        ).masked_fill(~valid, 0)
+        parts['ce'].append(divergence.sum(-1).mean())
+        score = p.masked_fill(~valid, 0).amax(-1).flatten()
+        score = score / score.sum().clamp(min=1)
+        between = BoxDistance.between(
+            boxes.flatten(0, 1).float().unbind(1), base_boxes.flatten(0, 1).float().unbind(1)
+        )
+        parts['bbox'].append((score * between.l1()).sum())
+        parts['giou'].append((score * (1 - between.giou())).sum())
+    return {name: torch.stack(values).sum() for name, values in parts.items()}

@@ -1,0 +1,207 @@
+"""What is learned and what is forgotten: adapters, with and without `retain`, and full fine-tuning.
+
+    python tools/benchmarks/forgetting.py [--only REGEX] [--out FOLDER]
+
+Trains every contender on the new classes of the shapes data set from the shipped base, as `make
+demo` does (configs/gdino_lora_shapes.py: 200 iterations of 8 images), each in a process of its own,
+and measures it on the new and on the base classes' test images, which nothing was chosen on, with
+its change to the base scaled by 0.25 to 1 (`--scales`). Prints the table that stands in the README;
+what was measured stays in FOLDER, so that a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / 'tools'))
+
+from common import build_runner, read_config, run  # noqa: E402
+
+CONFIG = str(ROOT / 'configs' / 'gdino_lora_shapes.py')
+
+
+def contenders() -> dict[str, dict]:
+    """Settings of the config that each contender changes."""
+    from mmdet_gdino_lora.datasets.shapes import BASE_CLASSES
+
+    retain = {'model.retain': dict(names=list(BASE_CLASSES))}
+    groups = {
+        'decoder': 'decoder',
+        'encoder': 'encoder',
+        'encoder + decoder': ['encoder', 'decoder'],
+        'all': 'all',
+    }
+    result: dict[str, dict] = {
+        'frozen base': {'train': False},
+        'full fine-tuning': {
+            'model.lora': None,
+            'model.retain': None,
+            'optim_wrapper.optimizer.lr': 0.0004,
+        },
+    }
+    for name, preset in groups.items():
+        lora = {'model.lora.preset': preset}
+        result[name] = {**lora, 'model.retain': None}
+        result[f'{name}, retain'] = {**lora, **retain}
+    both = {'model.lora.preset': groups['encoder + decoder']}
+    result['encoder + decoder, r=4'] = {**both, 'model.retain': None, 'model.lora.r': 4}
+    result['encoder + decoder, old names as negatives'] = {
+        **both,
+        'model.retain': None,
+        'negatives': True,
+    }
+    return result
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RAW)
+    parser.add_argument('--only', default='', help='contenders whose name matches this expression')
+    parser.add_argument('--out', default='work_dirs/forgetting')
+    parser.add_argument('--scales', type=float, nargs='+', default=[0.25, 0.5, 0.75, 1])
+    parser.add_argument('--split', default='test', choices=['val', 'test'])
+    parser.add_argument('--contender', help=argparse.SUPPRESS)
+    parser.add_argument('--settings', type=json.loads, default={}, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.contender:
+        settings = {**contenders().get(args.contender, {}), **args.settings}
+        measure_contender(args.contender, settings, args)
+        return
+    rows = {}
+    for name in contenders():
+        if not re.search(args.only, name):
+            continue
+        path = result_path(args.out, name)
+        if not path.is_file():
+            print(f'{name} ...', flush=True)
+            command = [sys.executable, __file__, '--contender', name, '--out', args.out]
+            scales = [str(scale) for scale in args.scales]
+            subprocess.run([*command, '--split', args.split, '--scales', *scales], check=True)
+        rows[name] = json.loads(path.read_text())
+    print(table(rows))
+
+
+RAW = argparse.RawDescriptionHelpFormatter
+
+
+def result_path(out: str, name: str) -> Path:
+    """Where a contender's figures lie."""
+    return Path(out) / (re.sub(r'\W+', '_', name) + '.json')
+
+
+def measure_contender(name: str, settings: dict, args: argparse.Namespace) -> None:
+    """Trains one contender and writes its figures."""
+    import torch
+
+    from mmdet_gdino_lora.datasets.shapes import BASE_CLASSES, NEW_CLASSES, SPLITS, write_shapes
+
+    settings = dict(settings)
+    train, negatives = settings.pop('train', True), settings.pop('negatives', False)
+    work_dir = str(Path(args.out) / re.sub(r'\W+', '_', name))
+    cfg = read_config(CONFIG, settings, work_dir)
+    cfg.log_level = 'WARNING'
+    write_shapes(cfg.data_root, splits={k: v for k, v in SPLITS.items() if k != 'base_train'})
+    if negatives:
+        prompt_with_old_names(cfg, BASE_CLASSES)
+    cfg.default_hooks.checkpoint.update(interval=-1, save_last=False)
+    validation = {key: cfg.pop(key) for key in ('val_dataloader', 'val_evaluator', 'val_cfg')}
+    runner = build_runner(cfg)
+    base = plain_weights(runner.model)
+    begin = time.time()
+    if train:
+        runner.train()
+    seconds = time.time() - begin
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    trained = sum(p.numel() for p in runner.model.parameters() if p.requires_grad)
+    tuned = plain_weights(runner.model)
+
+    cfg.model.update(lora=None, retain=None)
+    plain = build_plain(cfg)
+    scales = {}
+    for scale in args.scales if train else [1.0]:
+        weights = {
+            key: torch.lerp(base[key], value, scale) if value.is_floating_point() else value
+            for key, value in tuned.items()
+        }
+        plain.load_state_dict(weights, strict=False)
+        scales[scale] = {
+            side: measure(plain, validation, cfg.data_root, f'{side}_{args.split}', classes)
+            for side, classes in dict(new=NEW_CLASSES, base=BASE_CLASSES).items()
+        }
+        print(name, scale, scales[scale], f'{seconds:.0f} s', flush=True)
+    path = result_path(args.out, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = dict(
+        trained=trained if train else 0, seconds=seconds, gigabytes=memory, scales=scales
+    )
+    path.write_text(json.dumps(result, indent=1))
+
+
+def prompt_with_old_names(cfg, names: tuple[str, ...]) -> None:
+    """Adds classes without boxes to the training set, so that they are negatives of every image."""
+    dataset = cfg.train_dataloader.dataset
+    content = json.loads(Path(cfg.data_root, dataset.ann_file).read_text())
+    first = len(content['categories']) + 1
+    content['categories'] += [dict(id=first + i, name=name) for i, name in enumerate(names)]
+    dataset.ann_file = dataset.ann_file.replace('.json', '_with_old_names.json')
+    Path(cfg.data_root, dataset.ann_file).write_text(json.dumps(content))
+    dataset.metainfo.classes = (*dataset.metainfo.classes, *names)
+    cfg.model.bbox_head.num_classes = 32
+
+
+def plain_weights(detector) -> dict:
+    """Weights without adapters, those folded in where there are some."""
+    from mmdet_gdino_lora.lora.merge import merged_weights
+    from mmdet_gdino_lora.lora.state import lora_state
+
+    if lora_state(detector).config is not None:
+        return merged_weights(detector)
+    return {key: value.detach().clone() for key, value in detector.state_dict().items()}
+
+
+def build_plain(cfg):
+    """The detector without adapters."""
+    from mmdet.registry import MODELS
+
+    return MODELS.build(cfg.model).eval()
+
+
+def measure(detector, validation: dict, root: str, split: str, classes: tuple) -> dict:
+    """AP and AP50 on a split."""
+    import torch
+    from demo import load_set, quiet
+
+    loader, evaluator = load_set(validation, root, split, classes)
+    detector.eval()
+    for batch in loader:
+        with torch.no_grad():
+            evaluator.process(detector.test_step(batch), batch)
+    with quiet():
+        found = evaluator.evaluate(len(loader.dataset))
+    return dict(ap=found['coco/bbox_mAP'], ap50=found['coco/bbox_mAP_50'])
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Everything measured, as Markdown."""
+    lines = ['| | trained | s | GB | scale | new AP50 | base AP50 | new AP | base AP |', '|---|' + '--:|' * 8]
+    for name, row in rows.items():
+        for scale, sides in row['scales'].items():
+            new, base = sides['new'], sides['base']
+            lines.append(
+                f'| {name} | {row["trained"]:,} | {row["seconds"]:.0f} | {row["gigabytes"]:.2f} | {scale} '
+                f'| {new["ap50"]:.3f} | {base["ap50"]:.3f} | {new["ap"]:.3f} | {base["ap"]:.3f} |'
+            )
+    return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+    run(main)
