@@ -18,7 +18,7 @@ from mmengine.model import BaseModule
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
-from .engine.runner_config import annotations_follow_resize, runner_config
+from .engine.runner_config import runner_config
 from .errors import ConfigError
 from .layers import precision
 from .layers.checkpointing import mend_checkpointing
@@ -42,6 +42,13 @@ from .lora import (
     set_frozen_eval,
 )
 from .retain import Retention
+from .samples import (
+    TokenTargets,
+    boxes_follow_resize,
+    caption_of,
+    is_free_text,
+    with_resized_boxes,
+)
 from .text import TokenizedCaption
 
 NO_DENOISING = dict(group_cfg=dict(dynamic=False, num_groups=1))
@@ -132,8 +139,8 @@ class LoRAGroundingDINO(GroundingDINO):
         self._check_adapters = check_adapters and lora is not None
         self._gradient_check: Optional[GradientCheck] = None
         self._boxes_in_last_step = 0
-        self._class_tokens: dict[Any, Tensor] = {}
-        self._boxes_in_original_image: Optional[bool] = None
+        self._targets = TokenTargets(self.bbox_head.num_classes if dn_cfg else None)
+        self._boxes_follow_resize: Optional[bool] = None
 
     def _init_layers(self) -> None:
         # mmdet names its encoder's and decoder's classes in the code; it builds one layer of each
@@ -237,25 +244,13 @@ class LoRAGroundingDINO(GroundingDINO):
         """Tokenised captions of a batch: the loader's, or made here from the class names.
 
         Args:
-            batch_data_samples: With ``caption_tokens`` (from ``TokenSpans``), or with ``text``: a
-                sequence of class names, names joined by `` . ``, or a caption together with
-                ``tokens_positive``.
+            batch_data_samples: As for :func:`~.samples.caption_of`.
 
         Returns:
             One per image.
         """
-        return [self._caption(sample) for sample in batch_data_samples]
-
-    def _caption(self, sample: Any) -> TokenizedCaption:
-        if 'caption_tokens' in sample:
-            return sample.caption_tokens
         tokenizer = self.language_model.caption_tokenizer
-        if sample.get('tokens_positive') is not None:
-            return tokenizer.from_text(sample.text, sample.tokens_positive)
-        names = sample.text
-        if isinstance(names, str):
-            names = [name for name in (part.strip(' .') for part in names.split('. ')) if name]
-        return tokenizer.from_names(names)
+        return [caption_of(sample, tokenizer) for sample in batch_data_samples]
 
     def encode_text(self, captions: Sequence[TokenizedCaption]) -> dict[str, Tensor]:
         """Text features in the transformer's width.
@@ -270,42 +265,6 @@ class LoRAGroundingDINO(GroundingDINO):
         text_dict = self.language_model.encode(captions)
         text_dict['embedded'] = self.text_feat_map(text_dict['embedded'])
         return text_dict
-
-    def _attach_targets(
-        self,
-        batch_data_samples: SampleList,
-        captions: Sequence[TokenizedCaption],
-        text_token_mask: Tensor,
-    ) -> None:
-        for sample, caption, mask in zip(batch_data_samples, captions, text_token_mask):
-            instances = sample.gt_instances
-            table = self._class_token_table(caption, mask.shape[0], mask.device)
-            instances.positive_maps = table[instances.labels]
-            instances.text_token_mask = mask[None].expand(len(instances.labels), -1)
-
-    def _class_token_table(
-        self, caption: TokenizedCaption, num_tokens: int, device: torch.device
-    ) -> Tensor:
-        """Positive map of every class [classes, T], kept on the device for as long as it serves.
-
-        Indexing it by label there spares the step a transfer of labels to the host per image.
-        """
-        key = (caption.text, num_tokens, device)
-        if key in self._class_tokens:
-            return self._class_tokens[key]
-        table = torch.from_numpy(caption.class_map(num_tokens))
-        if self.dn_query_generator is not None and len(table) > self.bbox_head.num_classes:
-            raise ConfigError(
-                f'model.bbox_head.num_classes={self.bbox_head.num_classes} is less than the '
-                f'{len(table)} classes of the data, and denoising needs a label for each; set it '
-                f'to {len(table)} or more.'
-            )
-        table = table.to(device, non_blocking=True)
-        if isinstance(caption.token_spans, tuple):  # hardly a sampled caption comes twice
-            if len(self._class_tokens) >= 64:
-                self._class_tokens.clear()
-            self._class_tokens[key] = table
-        return table
 
     # ---------------------------------------------------------------------------------- transformer
 
@@ -485,21 +444,21 @@ class LoRAGroundingDINO(GroundingDINO):
             The head's components under the criterion's names.
         """
         self._watch_gradients(batch_data_samples)
-        features, taught = None, None
+        features, lesson = None, None
         if self.retention is not None and self.training and self.retention.is_due():
             if self._is_image_part_frozen():
                 features = self.extract_feat(batch_inputs)
             # Before any graph exists: to be the base, freed parameters change in place.
-            taught = self.retention.teach(self, features, batch_inputs, batch_data_samples)
+            lesson = self.retention.teach(self, features, batch_inputs, batch_data_samples)
         captions = self.captions(batch_data_samples)
         text_dict = self.encode_text(captions)
-        self._attach_targets(batch_data_samples, captions, text_dict['text_token_mask'])
+        self._targets.attach(batch_data_samples, captions, text_dict['text_token_mask'])
         if features is None:
             features = self.extract_feat(batch_inputs)
         head_inputs = self.forward_transformer(features, text_dict, batch_data_samples)
         losses = self.bbox_head.loss(**head_inputs, batch_data_samples=batch_data_samples)
-        if taught is not None:
-            losses.update(self.retention.loss(self, features, batch_data_samples, taught))
+        if lesson is not None:
+            losses.update(self.retention.loss(self, features, batch_data_samples, lesson))
         return losses
 
     def _is_image_part_frozen(self) -> bool:
@@ -532,7 +491,7 @@ class LoRAGroundingDINO(GroundingDINO):
             The samples with ``pred_instances``: ``bboxes`` (absolute xyxy), ``scores`` in 0..1,
             ``labels`` and ``label_names``.
         """
-        if self.test_cfg.get('chunked_size', -1) > 0 or any(map(_is_free_text, batch_data_samples)):
+        if self.test_cfg.get('chunked_size', -1) > 0 or any(map(is_free_text, batch_data_samples)):
             return super().predict(batch_inputs, batch_data_samples, rescale)
         captions = self.captions(batch_data_samples)
         self._predict_captions(batch_inputs, batch_data_samples, captions, rescale)
@@ -584,49 +543,22 @@ class LoRAGroundingDINO(GroundingDINO):
             return self._validate(data['inputs'], data['data_samples'])
 
     def _validate(self, inputs: Tensor, samples: SampleList) -> list:
-        if any(map(_is_free_text, samples)) or self.test_cfg.get('chunked_size', -1) > 0:
+        if any(map(is_free_text, samples)) or self.test_cfg.get('chunked_size', -1) > 0:
             return self.predict(inputs, samples)
         captions = self.captions(samples)
         head_inputs = self._predict_captions(inputs, samples, captions)
         if not all('gt_instances' in sample for sample in samples):
             return samples
-        resized = self._with_resized_boxes(samples)
-        self._attach_targets(resized, captions, head_inputs['text_token_mask'])
-        losses = self.bbox_head.loss(**head_inputs, batch_data_samples=resized)
+        if self._boxes_follow_resize is None:
+            self._boxes_follow_resize = boxes_follow_resize()
+        truth = with_resized_boxes(samples) if self._boxes_follow_resize else samples
+        self._targets.attach(truth, captions, head_inputs['text_token_mask'])
+        losses = self.bbox_head.loss(**head_inputs, batch_data_samples=truth)
         return [*samples, BaseDataElement(loss=losses)]
-
-    def _with_resized_boxes(self, samples: SampleList) -> SampleList:
-        """Ground truth in the resized image's pixels, wherever the pipeline loaded it.
-
-        mmdet's test pipelines resize first and load annotations afterwards, which leaves the
-        boxes in the original image's pixels.
-        """
-        if self._boxes_in_original_image is None:
-            self._boxes_in_original_image = annotations_follow_resize(runner_config())
-        if not self._boxes_in_original_image:
-            return samples
-        resized = []
-        for sample in samples:
-            copy = sample.new()
-            boxes = sample.gt_instances.bboxes
-            copy.gt_instances = sample.gt_instances.clone()
-            copy.gt_instances.bboxes = boxes * boxes.new_tensor(sample.scale_factor).repeat(2)
-            resized.append(copy)
-        return resized
 
 
 def _replaced(cfg: dict, old: str, new: str) -> dict:
     return {**cfg, 'type': new} if cfg['type'] == old else dict(cfg)
-
-
-def _is_free_text(sample: Any) -> bool:
-    """Whether noun phrases have to be found in the caption (mmdet does that with nltk)."""
-    if 'caption_tokens' in sample or not isinstance(sample.text, str):
-        return False
-    tokens_positive = sample.get('tokens_positive')
-    return tokens_positive == -1 or (
-        tokens_positive is None and not sample.get('custom_entities', False)
-    )
 
 
 def _is_pretrained(init_cfg: Any) -> bool:

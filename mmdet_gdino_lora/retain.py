@@ -9,9 +9,10 @@ base as the teacher. No second model and none of the data that the base was trai
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from mmdet.structures import SampleList
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from .boxes import BoxDistance
 from .errors import ConfigError
 from .lora import base_only
-from .text import TokenizedCaption
+from .text import CaptionTokenizer, TokenizedCaption
 
 WEIGHTS = dict(ce=2.0, bbox=5.0, giou=2.0)
 """Of the three parts to each other, as in the objective."""
@@ -43,6 +44,18 @@ class Outputs(NamedTuple):
     references: Tensor
 
 
+class Lesson(NamedTuple):
+    """What the base says of a batch.
+
+    Attributes:
+        caption: The names that it was asked for.
+        outputs: Its answer, without gradient.
+    """
+
+    caption: TokenizedCaption
+    outputs: Outputs
+
+
 class Retention:
     """Holds the adapted detector to its base under a caption of names that must survive.
 
@@ -50,7 +63,7 @@ class Retention:
     stands beside the same query of the other and nothing has to be matched.
 
     Args:
-        names: Class names that must survive.
+        names: Class names that must survive. Of more than a caption holds, each lesson draws some.
         weight: Of the retention loss beside the objective.
         every: Only every so many-th iteration is a lesson.
 
@@ -78,9 +91,13 @@ class Retention:
         return iteration % self.every == 0
 
     def teach(
-        self, detector: nn.Module, features: Sequence[Tensor] | None, inputs: Tensor, samples: SampleList
-    ) -> Outputs:
-        """The base's outputs. To be called before the step's own forward pass.
+        self,
+        detector: nn.Module,
+        features: Sequence[Tensor] | None,
+        inputs: Tensor,
+        samples: SampleList,
+    ) -> Lesson:
+        """Asks the base. To be called before the step's own forward pass.
 
         Args:
             detector: The adapted detector.
@@ -89,20 +106,21 @@ class Retention:
             samples: Their data samples.
 
         Returns:
-            Without gradient.
+            For :meth:`loss`.
         """
+        caption = self._caption(detector.language_model.caption_tokenizer)
         training = detector.training
         detector.eval()
         try:
             with torch.no_grad(), base_only(detector):
                 if features is None:
                     features = detector.extract_feat(inputs)
-                return self._outputs(detector, features, samples)
+                return Lesson(caption, _outputs(detector, features, samples, caption))
         finally:
             detector.train(training)
 
     def loss(
-        self, detector: nn.Module, features: Sequence[Tensor], samples: SampleList, taught: Outputs
+        self, detector: nn.Module, features: Sequence[Tensor], samples: SampleList, lesson: Lesson
     ) -> dict[str, Tensor]:
         """How far the adapted outputs are from the base's.
 
@@ -110,57 +128,64 @@ class Retention:
             detector: The adapted detector.
             features: Of the images.
             samples: Their data samples.
-            taught: See :meth:`teach`.
+            lesson: Of the same images.
 
         Returns:
             Weighted ``loss_retain_ce``, ``loss_retain_bbox`` and ``loss_retain_giou``.
         """
-        adapted = self._outputs(detector, features, samples, taught)
-        parts = distance(adapted, taught)
+        adapted = _outputs(detector, features, samples, lesson.caption, lesson.outputs)
+        parts = distance(adapted, lesson.outputs)
         return {
             f'loss_retain_{name}': value * (self.weight * WEIGHTS[name])
             for name, value in parts.items()
         }
 
-    def _caption(self, detector: nn.Module) -> TokenizedCaption:
-        return detector.language_model.caption_tokenizer.from_names(self.names)
-
-    def _outputs(
-        self,
-        detector: nn.Module,
-        features: Sequence[Tensor],
-        samples: SampleList,
-        taught: Outputs | None = None,
-    ) -> Outputs:
-        text = detector.encode_text([self._caption(detector)] * len(samples))
-        encoder_inputs, decoder_inputs = detector.pre_transformer(features, samples)
-        encoded = detector.forward_encoder(**encoder_inputs, text_dict=text)
-        proposals = detector.select_proposals(**encoded, positions=taught and taught.positions)
-        references = proposals.boxes.detach().sigmoid() if taught is None else taught.references
-        query = detector.query_embedding.weight
-        decoded = detector.forward_decoder(
-            query=query[None].expand(len(samples), -1, -1),
-            memory=encoded['memory'],
-            reference_points=references,
-            dn_mask=None,
-            memory_text=encoded['memory_text'],
-            text_attention_mask=~encoded['text_token_mask'],
-            **decoder_inputs,
-        )
-        logits, boxes = detector.bbox_head(
-            **decoded,
-            memory_text=encoded['memory_text'],
-            text_token_mask=encoded['text_token_mask'],
-        )
-        return Outputs(
-            [*logits.unbind(), proposals.logits],
-            [*boxes.unbind(), proposals.boxes.sigmoid()],
-            proposals.positions,
-            references,
-        )
+    def _caption(self, tokenizer: CaptionTokenizer) -> TokenizedCaption:
+        """All names, or as many as fit, drawn anew for every lesson."""
+        lengths = tokenizer.lengths(self.names)
+        if lengths.sum() <= tokenizer.room:
+            return tokenizer.from_names(self.names)
+        order = torch.randperm(len(self.names)).numpy()
+        fitting = np.searchsorted(lengths[order].cumsum(), tokenizer.room, side='right')
+        return tokenizer.join([self.names[place] for place in order[:fitting]])
 
 
-def distance(adapted: Outputs, taught: Outputs) -> Mapping[str, Tensor]:
+def _outputs(
+    detector: nn.Module,
+    features: Sequence[Tensor],
+    samples: SampleList,
+    caption: TokenizedCaption,
+    taught: Outputs | None = None,
+) -> Outputs:
+    """The detector's outputs; for the queries that the base selected, where it was asked before."""
+    text = detector.encode_text([caption] * len(samples))
+    encoder_inputs, decoder_inputs = detector.pre_transformer(features, samples)
+    encoded = detector.forward_encoder(**encoder_inputs, text_dict=text)
+    proposals = detector.select_proposals(**encoded, positions=taught and taught.positions)
+    references = proposals.boxes.detach().sigmoid() if taught is None else taught.references
+    decoded = detector.forward_decoder(
+        query=detector.query_embedding.weight[None].expand(len(samples), -1, -1),
+        memory=encoded['memory'],
+        reference_points=references,
+        dn_mask=None,
+        memory_text=encoded['memory_text'],
+        text_attention_mask=~encoded['text_token_mask'],
+        **decoder_inputs,
+    )
+    logits, boxes = detector.bbox_head(
+        **decoded,
+        memory_text=encoded['memory_text'],
+        text_token_mask=encoded['text_token_mask'],
+    )
+    return Outputs(
+        [*logits.unbind(), proposals.logits],
+        [*boxes.unbind(), proposals.boxes.sigmoid()],
+        proposals.positions,
+        references,
+    )
+
+
+def distance(adapted: Outputs, taught: Outputs) -> dict[str, Tensor]:
     """How far one set of outputs is from another.
 
     Per layer, with the teacher's token probabilities p and scores s = max p of each query:
@@ -177,7 +202,7 @@ def distance(adapted: Outputs, taught: Outputs) -> Mapping[str, Tensor]:
     Returns:
         Sums over the layers.
     """
-    parts = {name: [] for name in WEIGHTS}
+    parts: dict[str, list[Tensor]] = {name: [] for name in WEIGHTS}
     for logits, boxes, base_logits, base_boxes in zip(
         adapted.logits, adapted.boxes, taught.logits, taught.boxes
     ):

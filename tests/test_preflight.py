@@ -52,6 +52,12 @@ def test_wrong_data_root(cfg):
     assert "train_dataloader.dataset.data_root='data/nowhere'" in text and 'no such folder' in text
 
 
+def test_names_to_retain_that_the_data_teaches(cfg):
+    cfg.model.retain = dict(names=['red circle', 'purple_star'])
+    text = message(cfg)
+    assert "model.retain.names holds 'purple star'" in text and 'train_dataloader' in text
+
+
 def test_missing_annotation_file(cfg, data):
     cfg.val_dataloader.dataset.ann_file = 'annotations/nothing.json'
     text = message(cfg)

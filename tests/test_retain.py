@@ -16,7 +16,7 @@ from torch.distributions import Bernoulli, kl_divergence
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.retain import Outputs, Retention, distance
 from tests.builders import WORDS, data_samples
-from tests.test_lora_checkpoint import base, build, train  # noqa: F401
+from tests.test_lora_checkpoint import build, train
 
 OLD = ['dog', 'hot dog', 'small bird']
 RETAIN = dict(names=OLD)
@@ -41,7 +41,7 @@ def retained(losses: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.fixture(scope='module')
-def forgetful(text_dir: str, base: str) -> dict[str, Tensor]:  # noqa: F811
+def forgetful(text_dir: str, base: str) -> dict[str, Tensor]:
     """Weights after two steps without retention."""
     detector = build(text_dir, base_checkpoint=base)
     train(detector, steps=2)
@@ -50,7 +50,7 @@ def forgetful(text_dir: str, base: str) -> dict[str, Tensor]:  # noqa: F811
 
 def detector_that_forgot(
     text_dir: str,
-    base: str,  # noqa: F811
+    base: str,
     forgetful: dict[str, Tensor],
     **overrides: Any,
 ) -> nn.Module:
@@ -59,14 +59,16 @@ def detector_that_forgot(
     return detector
 
 
-def test_fresh_adapters_have_nothing_to_regain(text_dir: str, base: str) -> None:  # noqa: F811
+def test_fresh_adapters_have_nothing_to_regain(text_dir: str, base: str) -> None:
     losses = step(build(text_dir, base_checkpoint=base, retain=RETAIN))
     for name in ('loss_retain_ce', 'loss_retain_bbox', 'loss_retain_giou'):
         assert abs(losses[name].item()) < 1e-6
 
 
 def test_the_lesson_pulls_the_adapted_outputs_back_to_the_base(
-    text_dir: str, base: str, forgetful: dict[str, Tensor]  # noqa: F811
+    text_dir: str,
+    base: str,
+    forgetful: dict[str, Tensor],
 ) -> None:
     detector = detector_that_forgot(text_dir, base, forgetful, retain=RETAIN)
     trained = [p for p in detector.parameters() if p.requires_grad]
@@ -83,7 +85,9 @@ def test_the_lesson_pulls_the_adapted_outputs_back_to_the_base(
 
 
 def test_objective_and_weights_are_untouched_by_the_lesson(
-    text_dir: str, base: str, forgetful: dict[str, Tensor]  # noqa: F811
+    text_dir: str,
+    base: str,
+    forgetful: dict[str, Tensor],
 ) -> None:
     plain = detector_that_forgot(text_dir, base, forgetful)
     taught = detector_that_forgot(text_dir, base, forgetful, retain=RETAIN)
@@ -106,7 +110,7 @@ def test_objective_and_weights_are_untouched_by_the_lesson(
 @pytest.mark.parametrize('trainable', [[], ['backbone.patch_embed', 'level_embed']])
 def test_every_part_can_be_adapted_and_freed_beside_it(
     text_dir: str,
-    base: str,  # noqa: F811
+    base: str,
     trainable: list[str],
 ) -> None:
     detector = build(
@@ -122,7 +126,7 @@ def test_every_part_can_be_adapted_and_freed_beside_it(
     sum(losses.values()).backward()
 
 
-def test_only_every_so_many_th_iteration_is_a_lesson(text_dir: str, base: str) -> None:  # noqa: F811
+def test_only_every_so_many_th_iteration_is_a_lesson(text_dir: str, base: str) -> None:
     detector = build(text_dir, base_checkpoint=base, retain=dict(RETAIN, every=3))
     hub = MessageHub.get_current_instance()
     lessons = []
@@ -132,7 +136,7 @@ def test_only_every_so_many_th_iteration_is_a_lesson(text_dir: str, base: str) -
     assert lessons == [True, False, False] * 2 + [True]
 
 
-def test_validation_has_no_lesson(text_dir: str, base: str) -> None:  # noqa: F811
+def test_validation_has_no_lesson(text_dir: str, base: str) -> None:
     detector = build(text_dir, base_checkpoint=base, retain=RETAIN).eval()
     losses = detector.loss(torch.randn(1, 3, 48, 48), data_samples(WORDS[:4], [2], size=48))
     assert not any('retain' in name for name in losses)
@@ -161,9 +165,7 @@ def test_distance_is_the_divergence_and_the_weighted_box_losses_of_other_librari
     boxes, base_boxes = (x.boxes[0].flatten(0, 1).float() for x in (adapted, taught))
     l1 = (boxes - base_boxes).abs().sum(-1)
     torch.testing.assert_close(found['bbox'], (score * l1).sum())
-    giou = GIoULoss(reduction='none')(
-        bbox_cxcywh_to_xyxy(boxes), bbox_cxcywh_to_xyxy(base_boxes)
-    )
+    giou = GIoULoss(reduction='none')(bbox_cxcywh_to_xyxy(boxes), bbox_cxcywh_to_xyxy(base_boxes))
     torch.testing.assert_close(found['giou'], (score * giou).sum(), rtol=1e-4, atol=1e-5)
 
 
@@ -184,3 +186,17 @@ def test_wrong_settings_are_told_by_key(settings: dict, message: str) -> None:
 def test_without_adapters_there_is_nothing_to_hold(text_dir: str) -> None:
     with pytest.raises(ConfigError, match='model.lora'):
         build(text_dir, lora=None, retain=RETAIN)
+
+
+def test_of_more_names_than_a_caption_holds_every_lesson_draws_some(
+    text_dir: str,
+    base: str,
+) -> None:
+    names = [f'{a} {b} {c}' for a in WORDS for b in WORDS for c in WORDS[:2]]
+    detector = build(text_dir, base_checkpoint=base, retain=dict(names=names))
+    tokenizer = detector.language_model.caption_tokenizer
+    first, second = (detector.retention._caption(tokenizer) for _ in range(2))
+    for caption in (first, second):
+        assert 200 < caption.num_tokens <= 256 and set(caption.names) <= set(names)
+    assert first.names != second.names
+    assert 'loss_retain_ce' in step(detector)

@@ -137,7 +137,7 @@ def switch(detector, adapters: list[str]) -> None:
                 )
             detector.load_adapter(source, source)
     if 'none' in weights and len(weights) > 1:
-        raise ConfigError("--adapter none: the base alone; leave the others out")
+        raise ConfigError('--adapter none: the base alone; leave the others out')
     detector.set_adapter(None if 'none' in weights else weights)
 
 

@@ -60,7 +60,7 @@ def preset_table(cfg, name: str, rank: int = 16) -> str:
     register_all_modules()
     cfg.model.update(base_checkpoint=None, lora=dict(preset='all', r=rank))
     detector = MODELS.build(cfg.model)
-    sizes = {name: 0 for name in adapter_layers(detector)}
+    sizes = dict.fromkeys(adapter_layers(detector), 0)
     total = 0
     for parameter_name, parameter in detector.named_parameters():
         if '.lora_' in parameter_name:

@@ -19,6 +19,7 @@ from mmdet.registry import DATASETS, HOOKS
 from mmengine.hooks import Hook
 
 from ..errors import ConfigError
+from ..text.caption import clean_name
 
 
 def check_config(cfg: Mapping[str, Any], stages: Sequence[str] = ('train', 'val')) -> None:
@@ -36,12 +37,41 @@ def check_config(cfg: Mapping[str, Any], stages: Sequence[str] = ('train', 'val'
         tested = list(stages) == ['test']
         key = '--resume' if cfg.get('resume') else 'checkpoint' if tested else 'load_from'
         _need_file(key, cfg['load_from'])
+    _check_compile(cfg)
     for stage in stages:
         for key, dataset in _datasets(f'{stage}_dataloader', cfg.get(f'{stage}_dataloader')):
             check_dataset(key, dataset)
+            if stage == 'train' and _is_coco(dataset):
+                _check_retain(cfg, key, _config_classes(key, dataset))
         for key, metric in _metrics(f'{stage}_evaluator', cfg.get(f'{stage}_evaluator')):
             if metric.get('ann_file'):
                 _need_file(f'{key}.ann_file', metric['ann_file'])
+
+
+def _check_compile(cfg: Mapping[str, Any]) -> None:
+    """torch can't trace captions (Python objects) and the matching (scipy, on the host)."""
+    setting = cfg.get('compile')
+    if not setting or (cfg.get('model') or {}).get('type') != 'LoRAGroundingDINO':
+        return
+    target = setting.get('target', 'forward') if isinstance(setting, Mapping) else 'forward'
+    if target == 'forward':
+        raise ConfigError(
+            f'compile={setting!r} would compile the whole detector, whose captions and matching '
+            "torch.compile cannot trace; set compile=dict(target='extract_feat'), which compiles "
+            'the image tower (frozen text is remembered rather than computed)'
+        )
+
+
+def _check_retain(cfg: Mapping[str, Any], key: str, classes: Sequence[str]) -> None:
+    """The same name can't be both taught by the data and held to the base."""
+    retain = (cfg.get('model') or {}).get('retain') or {}
+    retained = {clean_name(name) for name in retain.get('names', ())}
+    both = [name for name in classes if clean_name(name) in retained]
+    if both:
+        raise ConfigError(
+            f'model.retain.names holds {_some(both)}, of the classes of {key}: the base would hold '
+            'back what the data teaches; leave out of model.retain.names what is in the data'
+        )
 
 
 def check_dataset(key: str, dataset: Mapping[str, Any]) -> None:

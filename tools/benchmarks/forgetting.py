@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import resource
 import subprocess
@@ -140,9 +139,7 @@ def measure_contender(name: str, settings: dict, args: argparse.Namespace) -> No
         print(name, scale, scales[scale], f'{seconds:.0f} s', flush=True)
     path = result_path(args.out, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = dict(
-        trained=trained if train else 0, seconds=seconds, gigabytes=memory, scales=scales
-    )
+    result = dict(trained=trained if train else 0, seconds=seconds, gigabytes=memory, scales=scales)
     path.write_text(json.dumps(result, indent=1))
 
 
@@ -192,14 +189,17 @@ def measure(detector, validation: dict, root: str, split: str, classes: tuple) -
 
 def table(rows: dict[str, dict]) -> str:
     """Everything measured, as Markdown."""
-    lines = ['| | trained | s | GB | scale | new AP50 | base AP50 | new AP | base AP |', '|---|' + '--:|' * 8]
+    lines = [
+        '| | trained | s | GB | scale | new AP50 | base AP50 | new AP | base AP |',
+        '|---|' + '--:|' * 8,
+    ]
     for name, row in rows.items():
         for scale, sides in row['scales'].items():
             new, base = sides['new'], sides['base']
-            lines.append(
-                f'| {name} | {row["trained"]:,} | {row["seconds"]:.0f} | {row["gigabytes"]:.2f} | {scale} '
-                f'| {new["ap50"]:.3f} | {base["ap50"]:.3f} | {new["ap"]:.3f} | {base["ap"]:.3f} |'
-            )
+            cost = f'{row["trained"]:,} | {row["seconds"]:.0f} | {row["gigabytes"]:.2f}'
+            found = [new['ap50'], base['ap50'], new['ap'], base['ap']]
+            values = ' | '.join(f'{value:.3f}' for value in found)
+            lines.append(f'| {name} | {cost} | {scale} | {values} |')
     return '\n'.join(lines)
 
 

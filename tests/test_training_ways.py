@@ -1,0 +1,69 @@
+"""mmengine's ways of training: gradient accumulation, and torch.compile of the image tower."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.optim import OptimWrapper
+from torch import Tensor, nn
+
+from mmdet_gdino_lora.engine.preflight import check_config
+from mmdet_gdino_lora.errors import ConfigError
+from tests.builders import WORDS, build, data_samples, detector_cfg
+
+
+def detector(text_dir: str, base: str, **overrides) -> nn.Module:
+    torch.manual_seed(0)
+    cfg = detector_cfg(text_dir, base_checkpoint=base, dn_cfg=None, **overrides)
+    return build(cfg).train()
+
+
+def batch(seed: int) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 255, (2, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    return dict(inputs=list(images), data_samples=data_samples(WORDS[:4], [3, 1], seed=seed))
+
+
+def gradients(model: nn.Module, data: dict) -> dict[str, Tensor]:
+    data = model.data_preprocessor(copy.deepcopy(data), True)
+    torch.manual_seed(0)  # of the fusion layers' dropout
+    model.zero_grad()
+    sum(model(**data, mode='loss').values()).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_accumulated_gradients_are_the_mean_of_the_batches(text_dir: str, base: str) -> None:
+    model = detector(text_dir, base)
+    first, second = (gradients(model, batch(seed)) for seed in (1, 2))
+    model.zero_grad()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    wrapper = OptimWrapper(torch.optim.SGD(trained.values(), lr=0.5), accumulative_counts=2)
+    wrapper.initialize_count_status(model, 0, 2)
+    for seed in (1, 2):
+        torch.manual_seed(0)
+        model.train_step(batch(seed), wrapper)
+    for name, parameter in trained.items():
+        step = (first[name] + second[name]) / 2 * 0.5
+        torch.testing.assert_close(parameter, before[name] - step, rtol=1e-5, atol=1e-5)
+
+
+def test_the_compiled_image_tower_gives_the_same_gradients(text_dir: str, base: str) -> None:
+    model = detector(text_dir, base, lora=dict(preset='all', r=2))
+    expected = gradients(model, batch(1))
+    # As mmengine does for `compile=dict(target='extract_feat')`.
+    model.extract_feat = torch.compile(model.extract_feat, backend='aot_eager')
+    for name, gradient in gradients(model, batch(1)).items():
+        assert (gradient - expected[name]).abs().max() <= 1e-4 * expected[name].abs().max(), name
+
+
+@pytest.mark.parametrize('setting', [True, dict(backend='inductor')])
+def test_compiling_the_whole_detector_is_refused_with_the_remedy(setting) -> None:
+    cfg = Config(dict(model=dict(type='LoRAGroundingDINO'), compile=setting))
+    with pytest.raises(ConfigError, match=r"compile=.*target='extract_feat'"):
+        check_config(cfg)
+    cfg.compile = dict(target='extract_feat')
+    check_config(cfg)
