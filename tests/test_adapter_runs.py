@@ -10,8 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.fileio import load
+from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_checkpoint
 
+from mmdet_gdino_lora.datasets.shapes import NEW_CLASSES, Split, write_shapes
+from tests.builders import THREADS
 from tests.run_small import run
 from tests.test_lora_checkpoint import base, build, detections, same  # noqa: F401
 
@@ -45,3 +50,36 @@ def test_a_killed_run_resumes_to_the_weights_of_the_whole_run(
     again = build(text_dir, base_checkpoint=base)
     load_checkpoint(again, last)
     assert same(detections(resumed.model), detections(again))
+
+
+def test_a_new_process_with_the_adapter_checkpoint_detects_the_same_to_the_bit(
+    tmp_path: Path,
+) -> None:
+    splits = {name: Split(NEW_CLASSES, 4) for name in ('new_train', 'new_val')}
+    root = f'{write_shapes(tmp_path / "shapes", splits=splits)}/'
+    cfg = Config.fromfile(ROOT / 'configs/gdino_lora_shapes.py')
+    cfg.data_root = root
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.update(batch_size=2, num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = root
+    cfg.val_evaluator.ann_file = cfg.test_evaluator.ann_file = root + 'annotations/new_val.json'
+    cfg.train_cfg.update(max_epochs=1, val_interval=1)
+    cfg.work_dir = str(tmp_path / 'run')
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    runner.model.eval()
+    with torch.no_grad():
+        trained = [s for batch in runner.val_dataloader for s in runner.model.val_step(batch)]
+
+    config, checkpoint = str(tmp_path / 'config.py'), str(tmp_path / 'run/epoch_1.pth')
+    cfg.dump(config)
+    out = str(tmp_path / 'detections.pkl')
+    command = [sys.executable, 'tools/test.py', config, checkpoint, '--out', out]
+    environment = dict(os.environ, OMP_NUM_THREADS=str(THREADS))
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    trained = [sample.pred_instances for sample in trained if 'pred_instances' in sample]
+    tested = [sample['pred_instances'] for sample in load(out)]
+    assert len(tested) == len(trained) == 4
+    for one, other in zip(tested, trained):
+        for key in ('bboxes', 'scores', 'labels'):
+            assert torch.equal(one[key], other[key])

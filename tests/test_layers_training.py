@@ -46,14 +46,14 @@ def with_mmdets_layers(detector: LoRAGroundingDINO) -> LoRAGroundingDINO:
     return detector
 
 
-def loss_curve(detector: LoRAGroundingDINO) -> list[float]:
+def loss_curve(detector: LoRAGroundingDINO, lr: float, dtype: torch.dtype) -> list[float]:
     torch.manual_seed(1)
-    detector.train()
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in detector.parameters() if parameter.requires_grad], lr=3e-5
-    )
-    images = torch.randn(2, 3, 64, 64)
+    detector.to(dtype).train()
+    optimizer = torch.optim.AdamW([p for p in detector.parameters() if p.requires_grad], lr=lr)
+    images = torch.randn(2, 3, 64, 64).to(dtype)
     samples = data_samples(NAMES, [3, 1])
+    for sample in samples:
+        sample.gt_instances.bboxes = sample.gt_instances.bboxes.to(dtype)
     curve = []
     for _ in range(STEPS):
         loss = sum(detector.loss(images, copy.deepcopy(samples)).values())
@@ -65,8 +65,18 @@ def loss_curve(detector: LoRAGroundingDINO) -> list[float]:
     return curve
 
 
-def test_loss_curve_equals_the_one_with_mmdets_layers(text_dir):
-    cfg = detector_cfg(text_dir, lora=dict(preset='all', r=4))
+@pytest.mark.parametrize(
+    ('preset', 'lr', 'dtype', 'tolerance'),
+    [
+        ('decoder', 1e-4, torch.float32, 1e-4),
+        ('all', 3e-5, torch.float32, 1e-4),
+        # At this rate float32 comes, after some 30 steps, to a tie in matching or query selection
+        # that rounding decides, and the curves part; in float64 they don't.
+        ('all', 1e-4, torch.float64, 1e-6),
+    ],
+)
+def test_loss_curve_equals_the_one_with_mmdets_layers(text_dir, preset, lr, dtype, tolerance):
+    cfg = detector_cfg(text_dir, lora=dict(preset=preset, r=4))
     # Dropout would draw other numbers in other layers.
     cfg['encoder'] = copy.deepcopy(SMALL_ENCODER)
     cfg['encoder']['fusion_layer_cfg']['dropout'] = 0.0
@@ -76,7 +86,6 @@ def test_loss_curve_equals_the_one_with_mmdets_layers(text_dir):
     lean.language_model.is_init = True
     lean.init_weights()
     plain = with_mmdets_layers(copy.deepcopy(lean))
-    expected, actual = loss_curve(plain), loss_curve(lean)
+    expected, actual = loss_curve(plain, lr, dtype), loss_curve(lean, lr, dtype)
     assert expected[-1] < 0.95 * expected[0]
-    # Larger steps reach a tie in matching or query selection that rounding decides.
-    assert actual == pytest.approx(expected, rel=1e-4)
+    assert actual == pytest.approx(expected, rel=tolerance)
