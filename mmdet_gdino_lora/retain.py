@@ -10,7 +10,7 @@ base as the teacher. No second model and none of the data that the base was trai
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -26,6 +26,29 @@ from .text import CaptionTokenizer, TokenizedCaption
 
 WEIGHTS = dict(ce=2.0, bbox=5.0, giou=2.0)
 """Of the three parts to each other, as in the objective."""
+
+
+BEHIND_ENCODER = {
+    'decoder',
+    'bbox_head',
+    'memory_trans_fc',
+    'memory_trans_norm',
+    'query_embedding',
+    'dn_query_generator',
+}
+"""Parts of the detector that the encoder's outputs don't depend on."""
+
+
+class Encoded(NamedTuple):
+    """Of a batch under one caption.
+
+    Attributes:
+        outputs: Of ``forward_encoder``.
+        decoder_inputs: Of ``pre_transformer``.
+    """
+
+    outputs: dict[str, Any]
+    decoder_inputs: dict[str, Any]
 
 
 class Outputs(NamedTuple):
@@ -50,10 +73,12 @@ class Lesson(NamedTuple):
     Attributes:
         caption: The names that it was asked for.
         outputs: Its answer, without gradient.
+        encoded: What the encoder made of the batch, where the adapted one makes the same of it.
     """
 
     caption: TokenizedCaption
     outputs: Outputs
+    encoded: Optional[Encoded]
 
 
 class Retention:
@@ -93,7 +118,7 @@ class Retention:
     def teach(
         self,
         detector: nn.Module,
-        features: Sequence[Tensor] | None,
+        features: Optional[Sequence[Tensor]],
         inputs: Tensor,
         samples: SampleList,
     ) -> Lesson:
@@ -115,7 +140,10 @@ class Retention:
             with torch.no_grad(), base_only(detector):
                 if features is None:
                     features = detector.extract_feat(inputs)
-                return Lesson(caption, _outputs(detector, features, samples, caption))
+                encoded = _encode(detector, features, samples, caption)
+                outputs = _decode(detector, encoded)
+                shared = _trained_parts(detector) <= BEHIND_ENCODER
+                return Lesson(caption, outputs, encoded if shared else None)
         finally:
             detector.train(training)
 
@@ -133,8 +161,8 @@ class Retention:
         Returns:
             Weighted ``loss_retain_ce``, ``loss_retain_bbox`` and ``loss_retain_giou``.
         """
-        adapted = _outputs(detector, features, samples, lesson.caption, lesson.outputs)
-        parts = distance(adapted, lesson.outputs)
+        encoded = lesson.encoded or _encode(detector, features, samples, lesson.caption)
+        parts = distance(_decode(detector, encoded, lesson.outputs), lesson.outputs)
         return {
             f'loss_retain_{name}': value * (self.weight * WEIGHTS[name])
             for name, value in parts.items()
@@ -150,21 +178,29 @@ class Retention:
         return tokenizer.join([self.names[place] for place in order[:fitting]])
 
 
-def _outputs(
+def _trained_parts(detector: nn.Module) -> set[str]:
+    trained = (name for name, p in detector.named_parameters() if p.requires_grad)
+    return {name.split('.')[0] for name in trained}
+
+
+def _encode(
     detector: nn.Module,
     features: Sequence[Tensor],
     samples: SampleList,
     caption: TokenizedCaption,
-    taught: Outputs | None = None,
-) -> Outputs:
-    """The detector's outputs; for the queries that the base selected, where it was asked before."""
+) -> Encoded:
     text = detector.encode_text([caption] * len(samples))
     encoder_inputs, decoder_inputs = detector.pre_transformer(features, samples)
-    encoded = detector.forward_encoder(**encoder_inputs, text_dict=text)
+    return Encoded(detector.forward_encoder(**encoder_inputs, text_dict=text), decoder_inputs)
+
+
+def _decode(detector: nn.Module, encoded: Encoded, taught: Optional[Outputs] = None) -> Outputs:
+    """The detector's outputs; for the queries that the base selected, where it was asked before."""
+    encoded, decoder_inputs = encoded.outputs, encoded.decoder_inputs
     proposals = detector.select_proposals(**encoded, positions=taught and taught.positions)
     references = proposals.boxes.detach().sigmoid() if taught is None else taught.references
     decoded = detector.forward_decoder(
-        query=detector.query_embedding.weight[None].expand(len(samples), -1, -1),
+        query=detector.query_embedding.weight[None].expand(len(references), -1, -1),
         memory=encoded['memory'],
         reference_points=references,
         dn_mask=None,

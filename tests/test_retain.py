@@ -13,6 +13,7 @@ from mmengine.logging import MessageHub
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, kl_divergence
 
+from mmdet_gdino_lora import retain
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.retain import Outputs, Retention, distance
 from tests.builders import WORDS, data_samples
@@ -105,6 +106,20 @@ def test_objective_and_weights_are_untouched_by_the_lesson(
         assert parameter.requires_grad == (name in gradients)
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-5, atol=1e-6)
+
+
+def test_what_the_base_encoded_serves_the_adapted_decoder_as_well(
+    text_dir: str,
+    base: str,
+    forgetful: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    detector = detector_that_forgot(text_dir, base, forgetful, retain=RETAIN)
+    shared = step(detector)
+    monkeypatch.setattr(retain, 'BEHIND_ENCODER', set())
+    encoded_twice = step(detector)
+    for name, value in shared.items():
+        torch.testing.assert_close(encoded_twice[name], value, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize('trainable', [[], ['backbone.patch_embed', 'level_embed']])

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from mmdet_gdino_lora.lora import set_frozen_eval
+from mmdet_gdino_lora.lora.tensors import plain_tensors
 
 RANK = dict(r=16, lora_alpha=32)
 BASE = 'mmdet::mm_grounding_dino/grounding_dino_swin-t_pretrain_obj365.py'
@@ -159,10 +160,13 @@ def stock_with_peft(folder: str, scale: Scale, like: Contender) -> Contender:
     return _mmdet_contender('mmdet + PEFT, decoder', model, scale)
 
 
-def ours(folder: str, scale: Scale, preset: str | None, checkpointing: bool = False) -> Contender:
-    """(d) LoRAGroundingDINO."""
+def ours(
+    folder: str, scale: Scale, preset: str | None, checkpointing: bool = False, **settings: Any
+) -> Contender:
+    """(d) LoRAGroundingDINO; ``settings`` are further arguments of it."""
     cfg = model_config(folder, checkpointing)
     cfg.update(type='LoRAGroundingDINO', lora=dict(preset=preset, **RANK) if preset else None)
+    cfg.update(settings)
     cfg.bbox_head = dict(
         type='GroundingDINOCriterionHead',
         num_classes=max(256, scale.classes),
@@ -176,7 +180,20 @@ def ours(folder: str, scale: Scale, preset: str | None, checkpointing: bool = Fa
     model.language_model.is_init = True  # there are no weights to load
     model.init_weights()
     name = f'ours, {preset or "full"}' + (', checkpointing' if checkpointing else '')
+    name += ', retain' if model.retention else ''
     return _mmdet_contender(name, model.to(scale.device).train(), scale, folder)
+
+
+def ours_retaining(folder: str, scale: Scale, preset: str, like: Contender) -> Contender:
+    """(d) with ``retain``, for half as many names as there are classes.
+
+    The base has to be in a file; ``like`` brings its weights.
+    """
+    path = os.path.join(folder, 'base.pth')
+    torch.save(dict(state_dict=plain_tensors(like.model)), path)
+    names = [f'old {name}' for name in scale.names()]
+    retain = dict(names=names[: len(names) // 2])
+    return ours(folder, scale, preset, base_checkpoint=path, retain=retain)
 
 
 def transformers_with_peft(folder: str, scale: Scale) -> Contender:

@@ -212,6 +212,7 @@ def build(folder: str, scale: cs.Scale, only: str) -> list[cs.Contender]:
         'mmdet + PEFT, decoder': lambda: cs.stock_with_peft(folder, scale, with_decoder),
         'transformers + PEFT, decoder': lambda: cs.transformers_with_peft(folder, scale),
         'ours, decoder': lambda: with_decoder,
+        'ours, decoder, retain': lambda: cs.ours_retaining(folder, scale, 'decoder', with_decoder),
         'ours, encoder': lambda: cs.ours(folder, scale, 'encoder'),
         'ours, all': lambda: cs.ours(folder, scale, 'all'),
         'ours, all, checkpointing': lambda: cs.ours(folder, scale, 'all', True),
