@@ -19,18 +19,29 @@ import mmdet_gdino_lora  # noqa: F401
 from tests.builders import THREADS, WORDS, data_samples, detector_cfg
 
 
+# mmengine's default, without a GPU's number.
+ON_CPU = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
+
+
 @DATASETS.register_module(force=True)
 class RandomImages(Dataset):
-    """Noise with boxes; brightness drawn anew at every visit, as augmentation does."""
+    """Noise with boxes; brightness drawn anew at every visit, as augmentation does.
+
+    Args:
+        flicker: One more than the largest brightness added; 1 keeps images as they are.
+    """
 
     metainfo = dict(classes=tuple(WORDS[:4]))
+
+    def __init__(self, flicker: int = 55) -> None:
+        self.flicker = flicker
 
     def __len__(self) -> int:
         return 4
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image = np.random.default_rng(index).integers(0, 200, (3, 48, 48))
-        image = image + np.random.randint(0, 55)  # noqa: NPY002 - as mmcv's transforms do
+        image = image + np.random.randint(0, self.flicker)  # noqa: NPY002 - as mmcv's transforms do
         sample = data_samples(WORDS[:4], [2], size=48, seed=index)[0]
         return dict(inputs=torch.from_numpy(image).to(torch.uint8), data_samples=sample)
 
@@ -55,6 +66,10 @@ def run(
     by_epoch: bool,
     resume: bool = False,
     kill_at: Optional[int] = None,
+    batch_size: int = 2,
+    launcher: str = 'none',
+    flicker: int = 55,
+    **model: Any,
 ) -> Runner:
     """Trains for 4 iterations of 2 images (2 epochs), with a checkpoint after every second one.
 
@@ -65,6 +80,10 @@ def run(
         by_epoch: Whether mmengine counts epochs or iterations.
         resume: Whether to go on from the latest checkpoint.
         kill_at: Iteration that the process does not survive.
+        batch_size: Images of a rank's batch.
+        launcher: 'pytorch' where a process group has been started.
+        flicker: Of the images.
+        **model: Keys of the model config to replace.
 
     Returns:
         The runner, after training.
@@ -76,13 +95,14 @@ def run(
     hooks = [dict(type='ResumableSeedHook')]
     if kill_at is not None:
         hooks.append(dict(type='KilledHook', at=kill_at))
+    distributed = launcher != 'none'
     runner = Runner(
-        model=detector_cfg(text_dir, base_checkpoint=base),
+        model=detector_cfg(text_dir, base_checkpoint=base, **model),
         work_dir=work_dir,
         train_dataloader=dict(
-            batch_size=2,
+            batch_size=batch_size,
             num_workers=0,
-            dataset=dict(type='RandomImages'),
+            dataset=dict(type='RandomImages', flicker=flicker),
             sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=True),
             collate_fn=dict(type='pseudo_collate'),
         ),
@@ -93,6 +113,8 @@ def run(
         custom_hooks=hooks,
         randomness=dict(seed=3),
         resume=resume,
+        launcher=launcher,
+        cfg=dict(model_wrapper_cfg=ON_CPU) if distributed else None,
         experiment_name=f'{os.path.basename(work_dir)}_{resume}_{kill_at}',
         default_scope='mmdet',
     )

@@ -1,0 +1,64 @@
+"""Training on several ranks: the same gradients as one process with the whole batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.builders import SMALL_ENCODER
+from tests.run_small import run
+
+ROOT = Path(__file__).parent.parent
+# Dropout, denoising and augmentation draw numbers of their own on every rank.
+FUSION = dict(SMALL_ENCODER['fusion_layer_cfg'], dropout=0.0, drop_path=0.0)
+STILL = dict(flicker=1, dn_cfg=None, encoder=dict(SMALL_ENCODER, fusion_layer_cfg=FUSION))
+
+
+def ranks(work_dir: Path, text_dir: str, base: str, settings: dict[str, Any]) -> list[dict]:
+    """Weights of two ranks after training on halves of every batch."""
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    arguments = [str(work_dir), text_dir, base, json.dumps(settings)]
+    result = subprocess.run(
+        [*launch, '-m', 'tests.run_ranks', *arguments],
+        cwd=ROOT,
+        env=dict(os.environ, OMP_NUM_THREADS='1'),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-6000:]
+    return [torch.load(work_dir / f'{rank}.pth') for rank in (0, 1)]
+
+
+def change(weights: dict[str, Tensor], like: dict[str, Tensor]) -> float:
+    """The largest difference between two runs' weights."""
+    return max((weights[name] - like[name]).abs().max().item() for name in like)
+
+
+def test_two_ranks_train_as_one_process_with_the_whole_batch(
+    text_dir: str, base: str, tmp_path: Path
+) -> None:
+    whole = run(str(tmp_path / 'whole'), text_dir, base, by_epoch=True, **STILL)
+    first, second = ranks(tmp_path / 'ranks', text_dir, base, STILL)
+    assert change(first, second) == 0
+    start = {n: w for n, w in torch.load(base)['state_dict'].items() if n in first}
+    trained = change(first, start)
+    assert trained > 1e-3
+    assert change(first, whole.model.state_dict()) < 0.02 * trained
+
+
+@pytest.mark.parametrize('preset', ['decoder', 'all'])
+def test_denoising_and_retention_keep_the_ranks_together(
+    text_dir: str, base: str, tmp_path: Path, preset: str
+) -> None:
+    settings = dict(lora=dict(preset=preset, r=2), retain=dict(names=['bird', 'car'], every=2))
+    first, second = ranks(tmp_path / 'ranks', text_dir, base, settings)
+    assert change(first, second) == 0
+    assert any(weight.any() for name, weight in first.items() if 'lora_B' in name)
