@@ -13,6 +13,7 @@ from .criterion import GroundingDINOCriterion, build_criterion  # noqa: E402
 from .datasets import TokenSpans  # noqa: E402
 from .detector import LoRAGroundingDINO  # noqa: E402
 from .engine.checkpoint_hook import AdapterCheckpointHook  # noqa: E402
+from .engine.compile_hook import CompileHook  # noqa: E402
 from .engine.safe_load import allow_mmengine_checkpoints  # noqa: E402
 from .engine.seed_hook import ResumableSeedHook  # noqa: E402
 from .head import GroundingDINOCriterionHead  # noqa: E402
@@ -25,6 +26,7 @@ __all__ = [
     'AdapterCheckpointHook',
     'BoxGIoUCost',
     'BoxL1Cost',
+    'CompileHook',
     'GroundingDINOCriterion',
     'GroundingDINOCriterionHead',
     'GroundingTextEncoder',

@@ -135,7 +135,12 @@ class LoRAGroundingDINO(GroundingDINO):
                     'model.retain holds adapters to their base, and this model has none; set '
                     'model.lora as well.'
                 )
-            self.retention = Retention(**retain)
+            try:
+                self.retention = Retention(self.language_model.caption_tokenizer, **retain)
+            except TypeError:
+                raise ConfigError(
+                    f'model.retain={dict(retain)!r} has other keys than names, weight and every.'
+                ) from None
         self._check_adapters = check_adapters and lora is not None
         self._gradient_check: Optional[GradientCheck] = None
         self._boxes_in_last_step = 0

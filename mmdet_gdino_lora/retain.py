@@ -16,12 +16,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mmdet.structures import SampleList
+from mmdet.utils import reduce_mean
+from mmengine.dist import get_world_size
 from mmengine.logging import MessageHub
 from torch import Tensor, nn
 
 from .boxes import BoxDistance
 from .errors import ConfigError
-from .lora import base_only
+from .lora import base_only, lora_state
 from .text import CaptionTokenizer, TokenizedCaption
 
 WEIGHTS = dict(ce=2.0, bbox=5.0, giou=2.0)
@@ -88,26 +90,44 @@ class Retention:
     stands beside the same query of the other and nothing has to be matched.
 
     Args:
+        tokenizer: Of the detector's text encoder.
         names: Class names that must survive. Of more than a caption holds, each lesson draws some.
         weight: Of the retention loss beside the objective.
-        every: Only every so many-th iteration is a lesson.
+        every: Only every so many-th iteration is a lesson, which costs and holds so much less.
 
     Raises:
-        ConfigError: No names, or numbers out of range.
+        ConfigError: No names, a name that can't be prompted, or numbers out of range.
     """
 
-    def __init__(self, names: Sequence[str], weight: float = 1.0, every: int = 1) -> None:
-        if isinstance(names, str) or not names:
+    def __init__(
+        self,
+        tokenizer: CaptionTokenizer,
+        names: Optional[Sequence[str]] = None,
+        weight: float = 1.0,
+        every: int = 1,
+    ) -> None:
+        if isinstance(names, str) or not names or not all(isinstance(n, str) for n in names):
             raise ConfigError(
                 f'model.retain.names={names!r}: give a list of the class names that must survive'
             )
-        if weight <= 0:
-            raise ConfigError(f'model.retain.weight={weight!r} is not above 0; leave retain out')
+        if not isinstance(weight, (int, float)) or weight <= 0:
+            raise ConfigError(f'model.retain.weight={weight!r} is not a number above 0')
         if not isinstance(every, int) or every < 1:
             raise ConfigError(f'model.retain.every={every!r} is not a whole number from 1 on')
         self.names = tuple(names)
         self.weight = float(weight)
         self.every = every
+        self._tokenizer = tokenizer
+        try:
+            self._lengths = tokenizer.lengths(self.names)
+        except ConfigError as error:
+            raise ConfigError(f'model.retain.names: {error}') from error
+        if self._lengths.max() > tokenizer.room:
+            longest = self.names[int(self._lengths.argmax())]
+            raise ConfigError(
+                f'model.retain.names: {longest!r} alone takes more than the {tokenizer.room} '
+                'tokens that a caption has for it; shorten it or leave it out'
+            )
 
     def is_due(self) -> bool:
         """Whether this iteration is a lesson."""
@@ -132,8 +152,17 @@ class Retention:
 
         Returns:
             For :meth:`loss`.
+
+        Raises:
+            ConfigError: The base is random or of unknown origin.
         """
-        caption = self._caption(detector.language_model.caption_tokenizer)
+        base = lora_state(detector).base
+        if base is None or not base.source:
+            raise ConfigError(
+                'model.retain needs a base to learn from, and this one is random or of unknown '
+                'origin; set model.base_checkpoint or load_from.'
+            )
+        caption = self._caption()
         training = detector.training
         detector.eval()
         try:
@@ -168,9 +197,9 @@ class Retention:
             for name, value in parts.items()
         }
 
-    def _caption(self, tokenizer: CaptionTokenizer) -> TokenizedCaption:
+    def _caption(self) -> TokenizedCaption:
         """All names, or as many as fit, drawn anew for every lesson."""
-        lengths = tokenizer.lengths(self.names)
+        lengths, tokenizer = self._lengths, self._tokenizer
         if lengths.sum() <= tokenizer.room:
             return tokenizer.from_names(self.names)
         order = torch.randperm(len(self.names)).numpy()
@@ -228,8 +257,9 @@ def distance(adapted: Outputs, taught: Outputs) -> dict[str, Tensor]:
 
     * ``ce``: Kullback-Leibler divergence of the adapted token probabilities from p, summed over
       the tokens, mean over the queries;
-    * ``bbox`` and ``giou``: L1 distance and 1 - GIoU of the boxes, mean over the queries with
-      weight s: where the base sees nothing, its box means nothing.
+    * ``bbox`` and ``giou``: L1 distance and 1 - GIoU of the boxes, summed with weight s and divided
+      by the sum of s (over all ranks) or by 1, whichever is more: where the base sees nothing, its
+      box means nothing.
 
     Args:
         adapted: With gradient.
@@ -252,7 +282,7 @@ def distance(adapted: Outputs, taught: Outputs) -> dict[str, Tensor]:
         ).masked_fill(~valid, 0)
         parts['ce'].append(divergence.sum(-1).mean())
         score = p.masked_fill(~valid, 0).amax(-1).flatten()
-        score = score / score.sum().clamp(min=1)
+        score = score / reduce_mean(score.sum()).clamp(min=1 / get_world_size())
         between = BoxDistance.between(
             boxes.flatten(0, 1).float().unbind(1), base_boxes.flatten(0, 1).float().unbind(1)
         )

@@ -86,7 +86,8 @@ class TokenTargets:
         self, caption: TokenizedCaption, num_tokens: int, device: torch.device
     ) -> Tensor:
         """Positive map of every class, [classes, T]."""
-        key = (caption.text, num_tokens, device)
+        spans = caption.token_spans
+        key = (caption.text, spans if isinstance(spans, tuple) else None, num_tokens, device)
         if key in self._maps:
             return self._maps[key]
         positive_map = torch.from_numpy(caption.class_map(num_tokens))
@@ -97,7 +98,7 @@ class TokenTargets:
                 f'set it to {len(positive_map)} or more.'
             )
         positive_map = positive_map.to(device, non_blocking=True)
-        if isinstance(caption.token_spans, tuple):  # hardly a sampled caption comes twice
+        if isinstance(spans, tuple):  # hardly a sampled caption comes twice
             if len(self._maps) >= 64:
                 self._maps.clear()
             self._maps[key] = positive_map

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import numpy as np
@@ -17,7 +18,6 @@ from torch.utils.data import Dataset
 
 import mmdet_gdino_lora  # noqa: F401
 from tests.builders import THREADS, WORDS, data_samples, detector_cfg
-
 
 # mmengine's default, without a GPU's number.
 ON_CPU = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
@@ -69,6 +69,7 @@ def run(
     batch_size: int = 2,
     launcher: str = 'none',
     flicker: int = 55,
+    hooks: Sequence[dict] = (),
     **model: Any,
 ) -> Runner:
     """Trains for 4 iterations of 2 images (2 epochs), with a checkpoint after every second one.
@@ -83,6 +84,7 @@ def run(
         batch_size: Images of a rank's batch.
         launcher: 'pytorch' where a process group has been started.
         flicker: Of the images.
+        hooks: Further hooks.
         **model: Keys of the model config to replace.
 
     Returns:
@@ -92,7 +94,7 @@ def run(
     checkpoint = dict(
         type='AdapterCheckpointHook', by_epoch=by_epoch, interval=1 if by_epoch else 2
     )
-    hooks = [dict(type='ResumableSeedHook')]
+    hooks = [dict(type='ResumableSeedHook'), *hooks]
     if kill_at is not None:
         hooks.append(dict(type='KilledHook', at=kill_at))
     distributed = launcher != 'none'

@@ -105,3 +105,55 @@ def test_what_does_not_belong_is_refused(
         set_adapter(detector, 'third')
     with pytest.raises(ConfigError, match="'default' is there already"):
         load_adapter(detector, source, 'default')
+    with pytest.raises(ConfigError, match='a dot'):
+        load_adapter(detector, source, 'v1.2')
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_detector_as_it_was(
+    text_dir: str,
+    base: str,  # noqa: F811
+    second: nn.Module,
+    tmp_path: Path,
+) -> None:
+    content = torch.load(save(second, tmp_path / 'second.pth'))
+    weights = content['state_dict']
+    lacking = next(name for name in weights if 'lora_A' in name)
+    removed = weights.pop(lacking)
+    torch.save(content, tmp_path / 'damaged.pth')
+    weights[lacking] = removed
+    torch.save(content, tmp_path / 'second.pth')
+    detector = build(text_dir, base_checkpoint=base)
+    before = detections(detector)
+    trained = {name for name, p in detector.named_parameters() if p.requires_grad}
+    with pytest.raises(ConfigError, match='does not fit'):
+        detector.load_adapter(str(tmp_path / 'damaged.pth'), 'second')
+    assert same(detections(detector), before)
+    assert trained == {name for name, p in detector.named_parameters() if p.requires_grad}
+    detector.load_adapter(str(tmp_path / 'second.pth'), 'second')
+    detector.set_adapter('second')
+    assert same(detections(detector), detections(second))
+
+
+def test_adapters_stay_in_float32_on_a_base_in_half_the_bytes(
+    text_dir: str,
+    base: str,  # noqa: F811
+    second: nn.Module,
+    tmp_path: Path,
+) -> None:
+    detector = build(text_dir, base_checkpoint=base, base_dtype='bfloat16')
+    detector.load_adapter(save(second, tmp_path / 'second.pth'), 'second')
+    added = [p for name, p in detector.named_parameters() if '.second' in name]
+    assert added and all(p.dtype == torch.float32 for p in added)
+
+
+def test_the_scaling_of_rslora_survives_switching(text_dir: str, base: str) -> None:  # noqa: F811
+    lora = dict(r=4, lora_alpha=4, use_rslora=True)
+    detector = build(text_dir, base_checkpoint=base, lora=lora)
+    layer = detector.decoder.layers[0].ffn.layers[1]
+    assert layer.scaling['default'] == 2.0
+    detector.set_adapter({'default': 0.5})
+    assert layer.scaling['default'] == 1.0
+    with base_only(detector):
+        pass
+    detector.set_adapter()
+    assert layer.scaling['default'] == 2.0

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
@@ -42,11 +42,13 @@ def change(weights: dict[str, Tensor], like: dict[str, Tensor]) -> float:
     return max((weights[name] - like[name]).abs().max().item() for name in like)
 
 
+@pytest.mark.parametrize('retain', [None, dict(names=['bird', 'car'], weight=5.0)])
 def test_two_ranks_train_as_one_process_with_the_whole_batch(
-    text_dir: str, base: str, tmp_path: Path
+    text_dir: str, base: str, tmp_path: Path, retain: Optional[dict]
 ) -> None:
-    whole = run(str(tmp_path / 'whole'), text_dir, base, by_epoch=True, **STILL)
-    first, second = ranks(tmp_path / 'ranks', text_dir, base, STILL)
+    settings = dict(STILL, retain=retain)
+    whole = run(str(tmp_path / 'whole'), text_dir, base, by_epoch=True, **settings)
+    first, second = ranks(tmp_path / 'ranks', text_dir, base, settings)
     assert change(first, second) == 0
     start = {n: w for n, w in torch.load(base)['state_dict'].items() if n in first}
     trained = change(first, start)
@@ -54,11 +56,10 @@ def test_two_ranks_train_as_one_process_with_the_whole_batch(
     assert change(first, whole.model.state_dict()) < 0.02 * trained
 
 
-@pytest.mark.parametrize('preset', ['decoder', 'all'])
-def test_denoising_and_retention_keep_the_ranks_together(
-    text_dir: str, base: str, tmp_path: Path, preset: str
+def test_every_preset_denoising_and_lessons_now_and_then_keep_the_ranks_together(
+    text_dir: str, base: str, tmp_path: Path
 ) -> None:
-    settings = dict(lora=dict(preset=preset, r=2), retain=dict(names=['bird', 'car'], every=2))
+    settings = dict(lora=dict(preset='all', r=2), retain=dict(names=['bird', 'car'], every=2))
     first, second = ranks(tmp_path / 'ranks', text_dir, base, settings)
     assert change(first, second) == 0
     assert any(weight.any() for name, weight in first.items() if 'lora_B' in name)

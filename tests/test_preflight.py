@@ -53,7 +53,7 @@ def test_wrong_data_root(cfg):
 
 
 def test_names_to_retain_that_the_data_teaches(cfg):
-    cfg.model.retain = dict(names=['red circle', 'purple_star'])
+    cfg.model.retain = dict(names=['red circle', 'Purple_star '])
     text = message(cfg)
     assert "model.retain.names holds 'purple star'" in text and 'train_dataloader' in text
 
@@ -212,6 +212,7 @@ def test_train_save_resume_and_test_with_the_tools(tool, data, tmp_path):
 _base_ = '{ROOT}/configs/gdino_lora_shapes.py'
 model = dict(
     base_checkpoint=None,
+    retain=None,
     encoder=dict(num_layers=1),
     decoder=dict(num_layers=1),
     num_queries=10,

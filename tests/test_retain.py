@@ -16,6 +16,7 @@ from torch.distributions import Bernoulli, kl_divergence
 from mmdet_gdino_lora import retain
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.retain import Outputs, Retention, distance
+from mmdet_gdino_lora.text import CaptionTokenizer
 from tests.builders import WORDS, data_samples
 from tests.test_lora_checkpoint import build, train
 
@@ -151,6 +152,30 @@ def test_only_every_so_many_th_iteration_is_a_lesson(text_dir: str, base: str) -
     assert lessons == [True, False, False] * 2 + [True]
 
 
+def test_the_objective_is_untouched_in_mixed_precision_as_well(
+    text_dir: str, base: str, forgetful: dict[str, Tensor]
+) -> None:
+    # Autocast remembers the casts of weights, which are the base's during the lesson.
+    losses = []
+    for retained_names in (None, RETAIN):
+        detector = detector_that_forgot(text_dir, base, forgetful, retain=retained_names)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            losses.append(step(detector))
+    plain, taught = losses
+    assert all(torch.equal(taught[name], plain[name]) for name in plain)
+    sum(taught.values()).backward()
+    trained = [p for p in detector.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+
+
+def test_a_base_in_half_the_bytes_teaches_as_well(text_dir: str, base: str) -> None:
+    detector = build(text_dir, base_checkpoint=base, base_dtype='bfloat16', retain=RETAIN).train()
+    samples = data_samples(WORDS[:4], [3, 2], size=48)
+    losses = detector(torch.randn(2, 3, 48, 48), samples, mode='loss')
+    assert retained(losses).abs() < 1e-3
+    sum(losses.values()).backward()
+
+
 def test_validation_has_no_lesson(text_dir: str, base: str) -> None:
     detector = build(text_dir, base_checkpoint=base, retain=RETAIN).eval()
     losses = detector.loss(torch.randn(1, 3, 48, 48), data_samples(WORDS[:4], [2], size=48))
@@ -180,6 +205,9 @@ def test_distance_is_the_divergence_and_the_weighted_box_losses_of_other_librari
     boxes, base_boxes = (x.boxes[0].flatten(0, 1).float() for x in (adapted, taught))
     l1 = (boxes - base_boxes).abs().sum(-1)
     torch.testing.assert_close(found['bbox'], (score * l1).sum())
+    assert found['bbox'] > 0
+    faint = Outputs([taught.logits[0] - 20], taught.boxes, taught.positions, taught.references)
+    assert distance(adapted, faint)['bbox'] < 1e-5  # no sum to divide by blows it up
     giou = GIoULoss(reduction='none')(bbox_cxcywh_to_xyxy(boxes), bbox_cxcywh_to_xyxy(base_boxes))
     torch.testing.assert_close(found['giou'], (score * giou).sum(), rtol=1e-4, atol=1e-5)
 
@@ -190,12 +218,23 @@ def test_distance_is_the_divergence_and_the_weighted_box_losses_of_other_librari
         (dict(names=[]), 'names'),
         (dict(names='dog'), 'names'),
         (dict(names=OLD, weight=0), 'weight'),
+        (dict(names=OLD, weight='1.5'), 'weight'),
         (dict(names=OLD, every=0), 'every'),
+        (dict(names=[*OLD, '...']), "names: class name '...'"),
+        (dict(names=[*OLD, 'small red bird ' * 90]), "names: 'small red bird"),
+        (dict(weight=1), 'names'),
     ],
 )
-def test_wrong_settings_are_told_by_key(settings: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=f'model.retain.{message}='):
-        Retention(**settings)
+def test_wrong_settings_are_told_by_key(text_dir: str, settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=f'model.retain.{message}'):
+        Retention(CaptionTokenizer(text_dir), **settings)
+
+
+def test_an_unknown_key_and_an_unknown_base_are_told(text_dir: str, base: str) -> None:
+    with pytest.raises(ConfigError, match='names, weight and every'):
+        build(text_dir, base_checkpoint=base, retain=dict(classes=OLD))
+    with pytest.raises(ConfigError, match='model.retain needs a base.*base_checkpoint'):
+        step(build(text_dir, retain=RETAIN))
 
 
 def test_without_adapters_there_is_nothing_to_hold(text_dir: str) -> None:
@@ -209,8 +248,7 @@ def test_of_more_names_than_a_caption_holds_every_lesson_draws_some(
 ) -> None:
     names = [f'{a} {b} {c}' for a in WORDS for b in WORDS for c in WORDS[:2]]
     detector = build(text_dir, base_checkpoint=base, retain=dict(names=names))
-    tokenizer = detector.language_model.caption_tokenizer
-    first, second = (detector.retention._caption(tokenizer) for _ in range(2))
+    first, second = (detector.retention._caption() for _ in range(2))
     for caption in (first, second):
         assert 200 < caption.num_tokens <= 256 and set(caption.names) <= set(names)
     assert first.names != second.names

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
+from mmdet_gdino_lora import CompileHook
 from mmdet_gdino_lora.engine.preflight import check_config
 from mmdet_gdino_lora.errors import ConfigError
 from tests.builders import WORDS, build, data_samples, detector_cfg
+from tests.run_small import run
 
 
 def detector(text_dir: str, base: str, **overrides) -> nn.Module:
@@ -54,16 +58,26 @@ def test_accumulated_gradients_are_the_mean_of_the_batches(text_dir: str, base: 
 def test_the_compiled_image_tower_gives_the_same_gradients(text_dir: str, base: str) -> None:
     model = detector(text_dir, base, lora=dict(preset='all', r=2))
     expected = gradients(model, batch(1))
-    # As mmengine does for `compile=dict(target='extract_feat')`.
-    model.extract_feat = torch.compile(model.extract_feat, backend='aot_eager')
+    CompileHook(backend='aot_eager').before_run(SimpleNamespace(model=model))
     for name, gradient in gradients(model, batch(1)).items():
         assert (gradient - expected[name]).abs().max() <= 1e-4 * expected[name].abs().max(), name
 
 
-@pytest.mark.parametrize('setting', [True, dict(backend='inductor')])
+def test_a_run_compiles_its_image_tower(text_dir: str, base: str, tmp_path: Path) -> None:
+    plain = run(str(tmp_path / 'plain'), text_dir, base, by_epoch=True)
+    hook = dict(type='CompileHook', backend='aot_eager')
+    compiled = run(str(tmp_path / 'compiled'), text_dir, base, by_epoch=True, hooks=[hook])
+    assert 'extract_feat' in vars(compiled.model)
+    weights = compiled.model.state_dict()
+    assert weights.keys() == plain.model.state_dict().keys()
+    for name, weight in plain.model.state_dict().items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize('setting', [True, dict(), dict(backend='inductor')])
 def test_compiling_the_whole_detector_is_refused_with_the_remedy(setting) -> None:
     cfg = Config(dict(model=dict(type='LoRAGroundingDINO'), compile=setting))
-    with pytest.raises(ConfigError, match=r"compile=.*target='extract_feat'"):
+    with pytest.raises(ConfigError, match=r"compile=.*type='CompileHook'"):
         check_config(cfg)
-    cfg.compile = dict(target='extract_feat')
+    cfg.compile = False
     check_config(cfg)

@@ -121,23 +121,26 @@ def switch(detector, adapters: list[str]) -> None:
     if not hasattr(detector, 'set_adapter'):
         raise ConfigError('--adapter: the config sets no model.lora, so there is nothing to switch')
     weights: dict[str, float] = {}
-    for adapter in adapters:
+    for number, adapter in enumerate(adapters):
         source, _, weight = adapter.rpartition('=') if '=' in adapter else (adapter, '', '1')
         try:
-            weights[source] = float(weight)
+            strength = float(weight)
         except ValueError:
             raise ConfigError(
                 f'--adapter {adapter!r}: {weight!r} is no number; write default=0.5'
             ) from None
-        if source not in ('default', 'none'):
-            if not os.path.exists(source):
-                raise ConfigError(
-                    f"--adapter {source!r}: neither 'default', 'none' nor a file or folder that "
-                    'is there'
-                )
-            detector.load_adapter(source, source)
+        if source in ('default', 'none'):
+            weights[source] = weights.get(source, 0.0) + strength
+        elif os.path.exists(source):
+            weights[f'adapter{number}'] = strength
+            detector.load_adapter(source, f'adapter{number}')
+        else:
+            raise ConfigError(
+                f"--adapter {source!r}: neither 'default', 'none' nor a file or folder that is "
+                'there'
+            )
     if 'none' in weights and len(weights) > 1:
-        raise ConfigError('--adapter none: the base alone; leave the others out')
+        raise ConfigError('--adapter none is the base alone; leave the others out')
     detector.set_adapter(None if 'none' in weights else weights)
 
 

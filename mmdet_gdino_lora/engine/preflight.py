@@ -51,27 +51,29 @@ def check_config(cfg: Mapping[str, Any], stages: Sequence[str] = ('train', 'val'
 def _check_compile(cfg: Mapping[str, Any]) -> None:
     """torch can't trace captions (Python objects) and the matching (scipy, on the host)."""
     setting = cfg.get('compile')
-    if not setting or (cfg.get('model') or {}).get('type') != 'LoRAGroundingDINO':
+    if setting in (None, False) or (cfg.get('model') or {}).get('type') != 'LoRAGroundingDINO':
         return
-    target = setting.get('target', 'forward') if isinstance(setting, Mapping) else 'forward'
-    if target == 'forward':
-        raise ConfigError(
-            f'compile={setting!r} would compile the whole detector, whose captions and matching '
-            "torch.compile cannot trace; set compile=dict(target='extract_feat'), which compiles "
-            'the image tower (frozen text is remembered rather than computed)'
-        )
+    raise ConfigError(
+        f'compile={setting!r} compiles the whole training step, whose captions and matching '
+        "torch.compile cannot trace; set compile=None and custom_hooks=[dict(type='CompileHook')], "
+        'which compiles the image tower'
+    )
 
 
 def _check_retain(cfg: Mapping[str, Any], key: str, classes: Sequence[str]) -> None:
     """The same name can't be both taught by the data and held to the base."""
     retain = (cfg.get('model') or {}).get('retain') or {}
-    retained = {clean_name(name) for name in retain.get('names', ())}
-    both = [name for name in classes if clean_name(name) in retained]
+    retained = {_as_prompted(name) for name in retain.get('names') or ()}
+    both = [name for name in classes if _as_prompted(name) in retained]
     if both:
         raise ConfigError(
             f'model.retain.names holds {_some(both)}, of the classes of {key}: the base would hold '
             'back what the data teaches; leave out of model.retain.names what is in the data'
         )
+
+
+def _as_prompted(name: str) -> str:
+    return clean_name(str(name)).strip().lower()
 
 
 def check_dataset(key: str, dataset: Mapping[str, Any]) -> None:

@@ -73,6 +73,8 @@ def select_proposals(
         with torch.no_grad():
             scores = classify.best(transform(memory), memory_text, text_token_mask)
             positions = scores.topk(num_queries, dim=1).indices
+        # Older torch hands on casts of weights made without gradient to what needs one.
+        torch.clear_autocast_cache()
     selected = positions[..., None]
     memory = transform(memory.gather(1, selected.expand(-1, -1, memory.shape[-1])))
     boxes = boxes.expand(len(memory), -1, -1).gather(1, selected.expand(-1, -1, 4))

@@ -41,29 +41,39 @@ def load_adapter(detector: nn.Module, source: str, name: str) -> None:
     _remember_own(detector)
     if name in state.freed:
         raise ConfigError(f'adapter {name!r} is there already; choose another name.')
+    if not name or '.' in name:
+        raise ConfigError(f'adapter {name!r}: a name needs a letter and must not have a dot.')
     weights, note = _read(source)
     if note.get('base'):
         check_base(detector, note['base'])
-    trained = {n: p.requires_grad for n, p in detector.named_parameters()}
+    trained = {base_name(n): p.requires_grad for n, p in detector.named_parameters()}
     config = _config(note, source)
     config._register_custom_module({nn.MultiheadAttention: FrozenMultiheadAttention})
     inject_adapter_in_model(config, detector, adapter_name=name)
     parameters = dict(detector.named_parameters())
-    added = {n for n in parameters if n not in trained}
+    added = {n for n in parameters if base_name(n) not in trained}
     for parameter_name, parameter in parameters.items():
-        parameter.requires_grad_(trained.get(parameter_name, False))
+        parameter.requires_grad_(trained.get(base_name(parameter_name), False))
     own = {_without_adapter(n, name): n for n in added}
-    freed: dict[str, Tensor] = {}
-    for key, tensor in weights.items():
-        if '.lora_' not in key:
-            freed[key] = tensor
-        elif key not in own or parameters[own[key]].shape != tensor.shape:
+    factors = {key: tensor for key, tensor in weights.items() if '.lora_' in key}
+    freed = {key: tensor for key, tensor in weights.items() if key not in factors}
+    for key in sorted(own.keys() | factors.keys()):
+        misfit = key not in own or key not in factors
+        if misfit or parameters[own[key]].shape != factors[key].shape:
+            _take_out(detector, name)
+            set_adapter(detector, state.active)
             raise ConfigError(f'{source}: {key} does not fit this detector; use its own config.')
-        else:
-            parameters[own[key]].copy_(tensor)
+        parameters[own[key]].data = parameters[own[key]].data.float()  # whatever the base is
+        parameters[own[key]].copy_(factors[key])
     freed.pop(LABEL_EMBEDDING, None)
     state.freed[name] = freed
     set_adapter(detector, state.active)
+
+
+def _take_out(detector: nn.Module, name: str) -> None:
+    for module in detector.modules():
+        if isinstance(module, BaseTunerLayer) and name in module.scaling:
+            module.delete_adapter(name)
 
 
 @torch.no_grad()
@@ -89,13 +99,16 @@ def set_adapter(
         if name not in state.freed:
             raise ConfigError(f'adapter {name!r} is not loaded; there are {sorted(state.freed)}.')
     trained = [(p, p.requires_grad) for p in detector.parameters()]
-    for module in detector.modules():
+    for module_name, module in detector.named_modules():
         if isinstance(module, BaseTunerLayer):
             module.set_adapter([name for name in weights if name in module.scaling])
             module.enable_adapters(bool(weights))
             for name, weight in weights.items():
                 if name in module.scaling:
-                    module.set_scale(name, weight)
+                    # Not PEFT's set_scale, which forgets rsLoRA's root up to 0.15.
+                    key = (module_name, name)
+                    whole = state.scalings.setdefault(key, module.scaling[name])
+                    module.scaling[name] = whole * weight
     for parameter, requires_grad in trained:
         parameter.requires_grad_(requires_grad)
     own = plain_tensors(detector)
@@ -104,9 +117,12 @@ def set_adapter(
         if len(changed) == 1 and changed[0][0] == 1:
             own[key].copy_(changed[0][1])
             continue
-        base = _base_value(detector, key)
-        own[key].copy_(sum((w * (tensor - base) for w, tensor in changed), start=base))
+        base = _base_value(detector, key).to(own[key].device)
+        deltas = (w * (tensor.to(own[key].device) - base) for w, tensor in changed)
+        own[key].copy_(sum(deltas, start=base))
     state.active = adapter if isinstance(adapter, str) else weights
+    # Autocast remembers casts of weights, and doesn't notice that they have changed since.
+    torch.clear_autocast_cache()
 
 
 @contextmanager
@@ -145,7 +161,8 @@ def _base_value(detector: nn.Module, name: str) -> Tensor:
     if name not in state.base_values:
         if state.base is None or not state.base.source:
             raise ConfigError(
-                'the base is random or of unknown origin; set base_checkpoint= to switch adapters.'
+                'the base is random or of unknown origin, so there is nothing to switch to; set '
+                'model.base_checkpoint.'
             )
         weights = base_weights(detector, state.base.source)
         own = plain_tensors(detector)

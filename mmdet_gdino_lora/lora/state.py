@@ -51,6 +51,7 @@ class LoraState:
         full_checkpoint: Whether checkpoints hold the base as well.
         freed: For every adapter loaded, the weights that it changes without low-rank factors.
         base_values: The base's values of those weights.
+        scalings: By module and adapter, the scaling of the whole adapter.
         active: Name of the adapter that is switched on, or weights by name.
     """
 
@@ -62,6 +63,7 @@ class LoraState:
     full_checkpoint: bool = False
     freed: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
     base_values: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    scalings: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
     active: Union[str, Mapping[str, float]] = ADAPTER
 
 

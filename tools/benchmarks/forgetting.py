@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument('--contender', help=argparse.SUPPRESS)
     parser.add_argument('--settings', type=json.loads, default={}, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.scales = sorted({*args.scales, 1.0})
     if args.contender:
         settings = {**contenders().get(args.contender, {}), **args.settings}
         measure_contender(args.contender, settings, args)
@@ -67,7 +68,8 @@ def main() -> None:
         if not re.search(args.only, name):
             continue
         path = result_path(args.out, name)
-        if not path.is_file():
+        asked = dict(split=args.split, scales=args.scales)
+        if not path.is_file() or json.loads(path.read_text())['asked'] != asked:
             print(f'{name} ...', flush=True)
             command = [sys.executable, __file__, '--contender', name, '--out', args.out]
             scales = [str(scale) for scale in args.scales]
@@ -118,7 +120,7 @@ def measure_contender(name: str, settings: dict, args: argparse.Namespace) -> No
             key: torch.lerp(base[key], value, scale) if value.is_floating_point() else value
             for key, value in tuned.items()
         }
-        plain.load_state_dict(weights, strict=False)
+        plain.load_state_dict(weights)
         scales[scale] = {
             side: measure(plain, validation, cfg.data_root, f'{side}_{args.split}', classes)
             for side, classes in dict(new=NEW_CLASSES, base=BASE_CLASSES).items()
@@ -126,7 +128,14 @@ def measure_contender(name: str, settings: dict, args: argparse.Namespace) -> No
         print(name, scale, scales[scale], f'{seconds:.0f} s', flush=True)
     path = result_path(args.out, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = dict(trained=trained if train else 0, seconds=seconds, gigabytes=memory, scales=scales)
+    asked = dict(split=args.split, scales=args.scales)
+    result = dict(
+        asked=asked,
+        trained=trained if train else 0,
+        seconds=seconds,
+        gigabytes=memory,
+        scales=scales,
+    )
     path.write_text(json.dumps(result, indent=1))
 
 
@@ -178,7 +187,7 @@ def tables(rows: dict[str, dict]) -> str:
     """Everything measured, as Markdown: costs and results, and results over scales."""
     full, base = (rows.get(name) for name in ('full fine-tuning', 'frozen base'))
     lines = [
-        '| | trained | time | memory, GB | new AP50 | base AP50 | new AP | base AP |',
+        '| | trained | time | memory, GiB | new AP50 | base AP50 | new AP | base AP |',
         '|---|' + '--:|' * 7,
     ]
     for name, row in rows.items():
