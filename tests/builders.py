@@ -220,7 +220,21 @@ def build(cfg: ConfigDict) -> nn.Module:
         The detector.
     """
     torch.manual_seed(0)
-    return MODELS.build(cfg)
+    detector = MODELS.build(cfg)
+    if not cfg.get('base_checkpoint'):
+        fill_level_embedding(detector)
+    return detector
+
+
+def fill_level_embedding(detector: nn.Module) -> None:
+    """Gives values to the one parameter that mmdet leaves to ``init_weights``.
+
+    Until then it is whatever lay in that memory, NaN for one.
+
+    Args:
+        detector: Newly built.
+    """
+    nn.init.normal_(detector.level_embed)
 
 
 def data_samples(

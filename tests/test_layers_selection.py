@@ -162,7 +162,9 @@ def test_proposals_equal_mmdet(padded):
     )
     torch.testing.assert_close(actual.logits, expected_logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(actual.boxes, expected_boxes, rtol=1e-5, atol=1e-5)
-    for own, theirs in zip(gradients(*actual), gradients(expected_logits, expected_boxes)):
+    for own, theirs in zip(
+        gradients(actual.logits, actual.boxes), gradients(expected_logits, expected_boxes)
+    ):
         torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-4)
 
 

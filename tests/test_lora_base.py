@@ -19,7 +19,7 @@ from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora import inject, load_base, lora_state
 from mmdet_gdino_lora.lora.base import fingerprint
 from mmdet_gdino_lora.lora.tensors import plain_tensors
-from tests.builders import stock_cfg
+from tests.builders import fill_level_embedding, stock_cfg
 
 LABEL = 'dn_query_generator.label_embedding.weight'
 
@@ -28,7 +28,7 @@ def plain_detector(text_dir: str, **overrides: Any) -> nn.Module:
     cfg = stock_cfg(text_dir, **overrides)
     cfg['language_model']['type'] = 'GroundingTextEncoder'
     detector = MODELS.build(cfg)
-    nn.init.normal_(detector.level_embed)  # mmdet leaves its memory as it finds it
+    fill_level_embedding(detector)
     return detector
 
 

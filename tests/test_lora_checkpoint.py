@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import mmdet_gdino_lora  # noqa: F401
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora import lora_state
-from tests.builders import WORDS, data_samples, detector_cfg
+from tests.builders import WORDS, data_samples, detector_cfg, fill_level_embedding
 
 LABEL = 'dn_query_generator.label_embedding.weight'
 
@@ -27,7 +27,10 @@ def build(text_dir: str, **overrides: Any) -> nn.Module:
     cfg = detector_cfg(text_dir)
     for key, value in overrides.items():
         cfg[key] = value
-    return MODELS.build(cfg)
+    detector = MODELS.build(cfg)
+    if not cfg.get('base_checkpoint'):
+        fill_level_embedding(detector)
+    return detector
 
 
 @pytest.fixture(scope='module')

@@ -17,14 +17,16 @@ from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora import GROUPS, PRESETS, describe, inject, lora_state, set_frozen_eval
 from mmdet_gdino_lora.lora.presets import adaptable_modules, as_pattern, group_of, parse_preset
 from mmdet_gdino_lora.lora.state import Base
-from tests.builders import stock_cfg
+from tests.builders import fill_level_embedding, stock_cfg
 
 
 def plain_detector(text_dir: str, **overrides: Any) -> nn.Module:
     """mmdet's detector, with this project's text encoder (mmdet's own doesn't start here)."""
     cfg = stock_cfg(text_dir, **overrides)
     cfg['language_model']['type'] = 'GroundingTextEncoder'
-    return MODELS.build(cfg)
+    detector = MODELS.build(cfg)
+    fill_level_embedding(detector)
+    return detector
 
 
 @pytest.fixture(scope='module')

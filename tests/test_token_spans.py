@@ -21,7 +21,7 @@ from mmdet.registry import MODELS, TRANSFORMS
 from mmdet_gdino_lora.datasets import TokenSpans
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.text import build_caption
-from tests.builders import data_samples, stock_cfg
+from tests.builders import data_samples, fill_level_embedding, stock_cfg
 
 COCO = CocoDataset.METAINFO['classes']
 KEYS = ('text', 'tokens_positive', 'caption_tokens')
@@ -236,6 +236,7 @@ def test_stock_grounding_dino_trains_from_sampled_captions(text_dir):
     cfg = stock_cfg(text_dir)
     cfg.language_model.type = 'GroundingTextEncoder'
     model = MODELS.build(cfg)
+    fill_level_embedding(model)
     samples = data_samples(['dog', 'hot dog', 'car', 'cat', 'bird'], [2, 3])
     transform = build(text_dir, num_negatives=1)
     for sample in samples:
