@@ -23,7 +23,7 @@ model = dict(
     # A base this small has little to build on: adapters everywhere, and of a high rank.
     lora=dict(preset='all', r=32, lora_alpha=64),
     # None of the old classes is in the images; the base says what it sees there.
-    retain=dict(names=_base_.metainfo.classes, weight=1.5),
+    retain=dict(names=_base_.metainfo.classes),
 )
 
 train_dataloader = dict(

@@ -92,7 +92,7 @@ class Retention:
     Args:
         tokenizer: Of the detector's text encoder.
         names: Class names that must survive. Of more than a caption holds, each lesson draws some.
-        weight: Of the retention loss beside the objective.
+        weight: Of the retention loss beside the objective; more keeps more and learns less.
         every: Only every so many-th iteration is a lesson, which costs and holds so much less.
 
     Raises:
@@ -103,7 +103,7 @@ class Retention:
         self,
         tokenizer: CaptionTokenizer,
         names: Optional[Sequence[str]] = None,
-        weight: float = 1.0,
+        weight: float = 1.5,
         every: int = 1,
     ) -> None:
         if isinstance(names, str) or not names or not all(isinstance(n, str) for n in names):
