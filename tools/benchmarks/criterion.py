@@ -17,6 +17,7 @@ allocation that torch makes. Host syncs are counted on CUDA, from the profiler.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import statistics
 import sys
@@ -319,6 +320,7 @@ def main() -> None:
 
 def sweeps(device: str, clock: Callable[[], float], plot: str | None) -> None:
     """Time as boxes, images and tokens grow."""
+    keep_memory()
     curves = {}
     for name, values, make in (
         ('boxes per image', (5, 20, 100, 500), lambda n: Case(boxes=(n,) * 2)),
@@ -340,6 +342,19 @@ def sweeps(device: str, clock: Callable[[], float], plot: str | None) -> None:
         table(rows)
     if plot:
         draw(curves, plot)
+
+
+def keep_memory() -> None:
+    """Tells glibc not to hand freed memory back to the system.
+
+    What one contender's step frees, the next one's would have to take page by page again, at sizes
+    that depend on the heap's layout: steps in the curves that are none of the objective's.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, 'mallopt'):
+        trim_threshold, mmap_max = -1, -4
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_max, 0)
 
 
 def draw(curves: dict, file: str) -> None:
