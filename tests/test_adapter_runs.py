@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -83,3 +84,11 @@ def test_a_new_process_with_the_adapter_checkpoint_detects_the_same_to_the_bit(
     for one, other in zip(tested, trained):
         for key in ('bboxes', 'scores', 'labels'):
             assert torch.equal(one[key], other[key])
+
+    sweep = [sys.executable, 'tools/sweep_scale.py', config, checkpoint, '--scales', '0', '1']
+    sweep += ['--old-config', config, '--out', str(tmp_path / 'sweep')]
+    subprocess.run(sweep, cwd=ROOT, env=environment, check=True, capture_output=True)
+    rows = json.loads((tmp_path / 'sweep/sweep.json').read_text())
+    assert [row['scale'] for row in rows] == [0, 1]
+    assert all(0 <= row['new'] == row['old'] <= 1 for row in rows)
+    assert (tmp_path / 'sweep/sweep.png').is_file()

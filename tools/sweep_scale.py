@@ -73,7 +73,7 @@ def plain_runner(config: str, work_dir: str, options: dict | None = None):
     cfg = read_config(config, options, work_dir)
     cfg.load_from, cfg.resume = None, False
     if cfg.model.type == 'LoRAGroundingDINO':
-        cfg.model.update(lora=None, base_checkpoint=None, base_dtype='float32')
+        cfg.model.update(lora=None, retain=None, base_checkpoint=None, base_dtype='float32')
     for stage in ('train', 'val'):
         for part in ('dataloader', 'cfg', 'evaluator'):
             cfg[f'{stage}_{part}'] = None
