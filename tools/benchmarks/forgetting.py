@@ -43,6 +43,8 @@ def contenders() -> dict[str, dict]:
         result[f'`{preset}`'] = {**lora, **alone}
         result[f'`{preset}`, retain'] = lora
     result['`all`, retain every 2nd iteration'] = {'model.retain.every': 2}
+    wide = {'model.lora.r': 64, 'model.lora.lora_alpha': 128}
+    result['`all`, r=64, retain with weight 2'] = {**wide, 'model.retain.weight': 2.0}
     result['`all`, r=4'] = {**alone, 'model.lora.r': 4, 'model.lora.lora_alpha': 8}
     result['`all`, old names as negatives'] = {**alone, 'negatives': True}
     return result
