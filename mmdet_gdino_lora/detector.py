@@ -18,7 +18,7 @@ from mmengine.model import BaseModule
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
-from .engine.runner_config import runner_config
+from .engine.runner_config import annotations_follow_resize, runner_config
 from .errors import ConfigError
 from .layers import precision
 from .layers.checkpointing import mend_checkpointing
@@ -42,13 +42,7 @@ from .lora import (
     set_frozen_eval,
 )
 from .retain import Retention
-from .samples import (
-    TokenTargets,
-    boxes_follow_resize,
-    caption_of,
-    is_free_text,
-    with_resized_boxes,
-)
+from .samples import TokenTargets, caption_of, is_free_text, with_resized_boxes
 from .text import TokenizedCaption
 
 NO_DENOISING = dict(group_cfg=dict(dynamic=False, num_groups=1))
@@ -351,13 +345,7 @@ class LoRAGroundingDINO(GroundingDINO):
         )
 
     def pre_decoder(
-        self,
-        memory: Tensor,
-        memory_mask: Optional[Tensor],
-        spatial_shapes: Tensor,
-        memory_text: Tensor,
-        text_token_mask: Tensor,
-        batch_data_samples: Optional[SampleList] = None,
+        self, batch_data_samples: Optional[SampleList] = None, **encoder_outputs: Any
     ) -> tuple[dict, dict]:
         """Selects the decoder's queries among the encoder's proposals.
 
@@ -365,19 +353,15 @@ class LoRAGroundingDINO(GroundingDINO):
         them) and denoising may be off.
 
         Args:
-            memory: Image features after the encoder [B, N, C].
-            memory_mask: True at padding [B, N], or None.
-            spatial_shapes: Height and width of every level [levels, 2].
-            memory_text: Text features after the encoder [B, T, C].
-            text_token_mask: True at real tokens [B, T].
             batch_data_samples: Ground truth, for the denoising queries.
+            **encoder_outputs: As for :meth:`select_proposals`.
 
         Returns:
             Inputs of the decoder and inputs of the head.
         """
-        proposals = self.select_proposals(
-            memory, memory_mask, spatial_shapes, memory_text, text_token_mask
-        )
+        proposals = self.select_proposals(**encoder_outputs)
+        memory, memory_text = encoder_outputs['memory'], encoder_outputs['memory_text']
+        text_token_mask = encoder_outputs['text_token_mask']
         query = self.query_embedding.weight[None].expand(len(memory), -1, -1)
         reference_points = proposals.boxes.detach()
         dn_mask, dn_meta = None, None
@@ -449,15 +433,14 @@ class LoRAGroundingDINO(GroundingDINO):
             The head's components under the criterion's names.
         """
         self._watch_gradients(batch_data_samples)
-        features, lesson = None, None
+        lesson = None
         if self.retention is not None and self.training and self.retention.is_due():
-            if self._is_image_part_frozen():
-                features = self.extract_feat(batch_inputs)
             # Before any graph exists: to be the base, freed parameters change in place.
-            lesson = self.retention.teach(self, features, batch_inputs, batch_data_samples)
+            lesson = self.retention.teach(self, batch_inputs, batch_data_samples)
         captions = self.captions(batch_data_samples)
         text_dict = self.encode_text(captions)
         self._targets.attach(batch_data_samples, captions, text_dict['text_token_mask'])
+        features = lesson and lesson.features
         if features is None:
             features = self.extract_feat(batch_inputs)
         head_inputs = self.forward_transformer(features, text_dict, batch_data_samples)
@@ -465,10 +448,6 @@ class LoRAGroundingDINO(GroundingDINO):
         if lesson is not None:
             losses.update(self.retention.loss(self, features, batch_data_samples, lesson))
         return losses
-
-    def _is_image_part_frozen(self) -> bool:
-        parts = [self.backbone, self.neck] if self.with_neck else [self.backbone]
-        return not any(p.requires_grad for part in parts for p in part.parameters())
 
     def _watch_gradients(self, batch_data_samples: SampleList) -> None:
         # Runners of several GPUs never call this detector's train_step, so that a step is known to
@@ -555,7 +534,7 @@ class LoRAGroundingDINO(GroundingDINO):
         if not all('gt_instances' in sample for sample in samples):
             return samples
         if self._boxes_follow_resize is None:
-            self._boxes_follow_resize = boxes_follow_resize()
+            self._boxes_follow_resize = annotations_follow_resize(runner_config())
         truth = with_resized_boxes(samples) if self._boxes_follow_resize else samples
         self._targets.attach(truth, captions, head_inputs['text_token_mask'])
         losses = self.bbox_head.loss(**head_inputs, batch_data_samples=truth)

@@ -30,6 +30,9 @@ WEIGHTS = dict(ce=2.0, bbox=5.0, giou=2.0)
 """Of the three parts to each other, as in the objective."""
 
 
+IMAGE_TOWER = {'backbone', 'neck'}
+"""Parts of the detector that make the image features."""
+
 BEHIND_ENCODER = {
     'decoder',
     'bbox_head',
@@ -75,11 +78,13 @@ class Lesson(NamedTuple):
     Attributes:
         caption: The names that it was asked for.
         outputs: Its answer, without gradient.
-        encoded: What the encoder made of the batch, where the adapted one makes the same of it.
+        features: The image tower's, where the adapted one has the same.
+        encoded: The encoder's outputs, where the adapted one has the same.
     """
 
     caption: TokenizedCaption
     outputs: Outputs
+    features: Optional[Sequence[Tensor]]
     encoded: Optional[Encoded]
 
 
@@ -135,18 +140,11 @@ class Retention:
         iteration = hub.get_info('iter') if 'iter' in hub.runtime_info else 0
         return iteration % self.every == 0
 
-    def teach(
-        self,
-        detector: nn.Module,
-        features: Optional[Sequence[Tensor]],
-        inputs: Tensor,
-        samples: SampleList,
-    ) -> Lesson:
+    def teach(self, detector: nn.Module, inputs: Tensor, samples: SampleList) -> Lesson:
         """Asks the base. To be called before the step's own forward pass.
 
         Args:
             detector: The adapted detector.
-            features: Of the images, where adapters don't change them; None: made here.
             inputs: Normalised images [B, 3, H, W].
             samples: Their data samples.
 
@@ -167,14 +165,18 @@ class Retention:
         detector.eval()
         try:
             with torch.no_grad(), base_only(detector):
-                if features is None:
-                    features = detector.extract_feat(inputs)
+                features = detector.extract_feat(inputs)
                 encoded = _encode(detector, features, samples, caption)
                 outputs = _decode(detector, encoded)
-                shared = _trained_parts(detector) <= BEHIND_ENCODER
-                return Lesson(caption, outputs, encoded if shared else None)
         finally:
             detector.train(training)
+        trained = {n.split('.')[0] for n, p in detector.named_parameters() if p.requires_grad}
+        return Lesson(
+            caption,
+            outputs,
+            features if trained.isdisjoint(IMAGE_TOWER) else None,
+            encoded if trained <= BEHIND_ENCODER else None,
+        )
 
     def loss(
         self, detector: nn.Module, features: Sequence[Tensor], samples: SampleList, lesson: Lesson
@@ -205,11 +207,6 @@ class Retention:
         order = torch.randperm(len(self.names)).numpy()
         fitting = np.searchsorted(lengths[order].cumsum(), tokenizer.room, side='right')
         return tokenizer.join([self.names[place] for place in order[:fitting]])
-
-
-def _trained_parts(detector: nn.Module) -> set[str]:
-    trained = (name for name, p in detector.named_parameters() if p.requires_grad)
-    return {name.split('.')[0] for name in trained}
 
 
 def _encode(

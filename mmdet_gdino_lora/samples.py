@@ -9,7 +9,6 @@ import torch
 from mmdet.structures import SampleList
 from torch import Tensor
 
-from .engine.runner_config import annotations_follow_resize, runner_config
 from .errors import ConfigError
 from .text import CaptionTokenizer, TokenizedCaption
 
@@ -105,16 +104,10 @@ class TokenTargets:
         return positive_map
 
 
-def boxes_follow_resize() -> bool:
-    """Whether the run's validation pipeline leaves boxes in the original image's pixels.
-
-    mmdet's test pipelines resize first and load annotations afterwards.
-    """
-    return annotations_follow_resize(runner_config())
-
-
 def with_resized_boxes(samples: SampleList) -> SampleList:
     """Ground truth from the original image's pixels to the resized image's.
+
+    mmdet's test pipelines resize first and load annotations afterwards.
 
     Args:
         samples: With ``gt_instances`` and ``scale_factor``.

@@ -133,18 +133,32 @@ def measure(model, name: str, loader, evaluator) -> float:
     Returns:
         AP at IoU 0.5, in 0..1.
     """
+    print(f'         {name} classes ', end='', flush=True)
+    result = evaluate(model, loader, evaluator)['coco/bbox_mAP_50']
+    print(f' AP50 {result:.3f}', flush=True)
+    return result
+
+
+def evaluate(model, loader, evaluator) -> dict[str, float]:
+    """Metrics of a model, with a dot for every batch.
+
+    Args:
+        model: The detector.
+        loader: Data loader.
+        evaluator: mmengine's.
+
+    Returns:
+        The evaluator's metrics.
+    """
     import torch
 
     model.eval()
-    print(f'         {name} classes ', end='', flush=True)
     for batch in loader:
         with torch.no_grad():
             evaluator.process(model.test_step(batch), batch)
         print('.', end='', flush=True)
     with quiet():
-        result = evaluator.evaluate(len(loader.dataset))['coco/bbox_mAP_50']
-    print(f' AP50 {result:.3f}', flush=True)
-    return result
+        return evaluator.evaluate(len(loader.dataset))
 
 
 def draw(model, loader, path: str, images: int = 6, zoom: int = 3) -> None:

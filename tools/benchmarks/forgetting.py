@@ -4,8 +4,8 @@
 
 Trains every contender on the new classes of the shapes data set from the shipped base, as `make
 demo` does (configs/gdino_lora_shapes.py: 200 iterations of 8 images), each in a process of its own,
-and measures it on the new and on the base classes' test images, which nothing was chosen on, with
-its change to the base scaled (`--scales`). Prints the tables that stand in the README, with times
+and measures it on the new and on the base classes' test images with its change to the base scaled
+(`--scales`). Prints the tables that stand in the README, with times
 relative to full fine-tuning's; what was measured stays in FOLDER, so that a run that was stopped
 goes on.
 """
@@ -58,23 +58,21 @@ def main() -> None:
     parser.add_argument('--scales', type=float, nargs='+', default=[0.5, 0.75, 0.9, 1.0])
     parser.add_argument('--split', default='test', choices=['val', 'test'])
     parser.add_argument('--contender', help=argparse.SUPPRESS)
-    parser.add_argument('--settings', type=json.loads, default={}, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.scales = sorted({*args.scales, 1.0})
+    asked = dict(split=args.split, scales=sorted({*args.scales, 1.0}))
     if args.contender:
-        settings = {**contenders().get(args.contender, {}), **args.settings}
-        measure_contender(args.contender, settings, args)
+        settings = contenders()[args.contender]
+        measure_contender(args.contender, settings, result_path(args.out, args.contender), asked)
         return
     rows = {}
     for name in contenders():
         if not re.search(args.only, name):
             continue
         path = result_path(args.out, name)
-        asked = dict(split=args.split, scales=args.scales)
         if not path.is_file() or json.loads(path.read_text())['asked'] != asked:
             print(f'{name} ...', flush=True)
             command = [sys.executable, __file__, '--contender', name, '--out', args.out]
-            scales = [str(scale) for scale in args.scales]
+            scales = [str(scale) for scale in asked['scales']]
             subprocess.run([*command, '--split', args.split, '--scales', *scales], check=True)
         rows[name] = json.loads(path.read_text())
     print(tables(rows))
@@ -88,16 +86,16 @@ def result_path(out: str, name: str) -> Path:
     return Path(out) / (re.sub(r'\W+', '_', name) + '.json')
 
 
-def measure_contender(name: str, settings: dict, args: argparse.Namespace) -> None:
-    """Trains one contender and writes its figures."""
+def measure_contender(name: str, settings: dict, path: Path, asked: dict) -> None:
+    """Trains one contender and writes its figures, and the split and scales they are of."""
     import torch
+    from mmdet.registry import MODELS
 
     from mmdet_gdino_lora.datasets.shapes import BASE_CLASSES, NEW_CLASSES, SPLITS, write_shapes
 
     settings = dict(settings)
     train, negatives = settings.pop('train', True), settings.pop('negatives', False)
-    work_dir = str(Path(args.out) / re.sub(r'\W+', '_', name))
-    cfg = read_config(CONFIG, settings, work_dir)
+    cfg = read_config(CONFIG, settings, str(path.with_suffix('')))
     cfg.log_level = 'WARNING'
     write_shapes(cfg.data_root, splits={k: v for k, v in SPLITS.items() if k != 'base_train'})
     if negatives:
@@ -115,22 +113,20 @@ def measure_contender(name: str, settings: dict, args: argparse.Namespace) -> No
     tuned = plain_weights(runner.model)
 
     cfg.model.update(lora=None, retain=None)
-    plain = build_plain(cfg)
+    plain = MODELS.build(cfg.model)
     scales = {}
-    for scale in args.scales if train else [1.0]:
+    for scale in asked['scales'] if train else [1.0]:
         weights = {
             key: torch.lerp(base[key], value, scale) if value.is_floating_point() else value
             for key, value in tuned.items()
         }
         plain.load_state_dict(weights)
         scales[scale] = {
-            side: measure(plain, validation, cfg.data_root, f'{side}_{args.split}', classes)
+            side: measure(plain, validation, cfg.data_root, f'{side}_{asked["split"]}', classes)
             for side, classes in dict(new=NEW_CLASSES, base=BASE_CLASSES).items()
         }
         print(name, scale, scales[scale], f'{seconds:.0f} s', flush=True)
-    path = result_path(args.out, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    asked = dict(split=args.split, scales=args.scales)
     result = dict(
         asked=asked,
         trained=trained if train else 0,
@@ -163,25 +159,11 @@ def plain_weights(detector) -> dict:
     return {key: value.detach().clone() for key, value in detector.state_dict().items()}
 
 
-def build_plain(cfg):
-    """The detector without adapters."""
-    from mmdet.registry import MODELS
-
-    return MODELS.build(cfg.model).eval()
-
-
 def measure(detector, validation: dict, root: str, split: str, classes: tuple) -> dict:
     """AP and AP50 on a split."""
-    import torch
-    from demo import load_set, quiet
+    from demo import evaluate, load_set
 
-    loader, evaluator = load_set(validation, root, split, classes)
-    detector.eval()
-    for batch in loader:
-        with torch.no_grad():
-            evaluator.process(detector.test_step(batch), batch)
-    with quiet():
-        found = evaluator.evaluate(len(loader.dataset))
+    found = evaluate(detector, *load_set(validation, root, split, classes))
     return dict(ap=found['coco/bbox_mAP'], ap50=found['coco/bbox_mAP_50'])
 
 
