@@ -5,20 +5,20 @@ Importing the package registers everything a config can name::
     custom_imports = dict(imports=['mmdet_gdino_lora'])
 """
 
-from .environment import check_environment
+from mmdet_gdino_lora.environment import check_environment
 
 check_environment()
 
-from .criterion import GroundingDINOCriterion, build_criterion  # noqa: E402
-from .datasets import TokenSpans  # noqa: E402
-from .detector import LoRAGroundingDINO  # noqa: E402
-from .engine.checkpoint_hook import AdapterCheckpointHook  # noqa: E402
-from .engine.compile_hook import CompileHook  # noqa: E402
-from .engine.safe_load import allow_mmengine_checkpoints  # noqa: E402
-from .engine.seed_hook import ResumableSeedHook  # noqa: E402
-from .head import GroundingDINOCriterionHead  # noqa: E402
-from .matching import BoxGIoUCost, BoxL1Cost, TokenFocalCost  # noqa: E402
-from .text import GroundingTextEncoder  # noqa: E402
+from mmdet_gdino_lora.datasets import TokenSpans  # noqa: E402
+from mmdet_gdino_lora.detector import LoRAGroundingDINO  # noqa: E402
+from mmdet_gdino_lora.engine.checkpoint_hook import AdapterCheckpointHook  # noqa: E402
+from mmdet_gdino_lora.engine.compile_hook import CompileHook  # noqa: E402
+from mmdet_gdino_lora.engine.safe_load import allow_mmengine_checkpoints  # noqa: E402
+from mmdet_gdino_lora.engine.seed_hook import ResumableSeedHook  # noqa: E402
+from mmdet_gdino_lora.head import GroundingDINOCriterionHead  # noqa: E402
+from mmdet_gdino_lora.objective import BoxGIoUCost, BoxL1Cost, TokenFocalCost  # noqa: E402
+from mmdet_gdino_lora.objective.criterion import GroundingDINOCriterion, build_criterion  # noqa: E402
+from mmdet_gdino_lora.text import GroundingTextEncoder  # noqa: E402
 
 allow_mmengine_checkpoints()
 

@@ -18,18 +18,18 @@ from mmengine.model import BaseModule
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
-from .engine.runner_config import annotations_follow_resize, runner_config
-from .errors import ConfigError
-from .layers import precision
-from .layers.checkpointing import mend_checkpointing
-from .layers.contrastive import narrow_logits
-from .layers.decoder import FusedGroundingDinoDecoder
-from .layers.denoising import DenoisingQueryGenerator
-from .layers.encoder import FusedGroundingDinoEncoder
-from .layers.fuse import fuse
-from .layers.levels import level_tensors, padding_masks
-from .layers.proposals import Proposals, select_proposals
-from .lora import (
+from mmdet_gdino_lora.engine.runner_config import annotations_follow_resize, runner_config
+from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.layers import precision
+from mmdet_gdino_lora.layers.checkpointing import mend_checkpointing
+from mmdet_gdino_lora.layers.contrastive import narrow_logits
+from mmdet_gdino_lora.layers.decoder import FusedGroundingDinoDecoder
+from mmdet_gdino_lora.layers.denoising import DenoisingQueryGenerator
+from mmdet_gdino_lora.layers.encoder import FusedGroundingDinoEncoder
+from mmdet_gdino_lora.layers.exchange import fuse
+from mmdet_gdino_lora.layers.levels import level_tensors, padding_masks
+from mmdet_gdino_lora.layers.proposals import Proposals, select_proposals
+from mmdet_gdino_lora.lora import (
     ADAPTER,
     GradientCheck,
     export_adapter,
@@ -41,9 +41,9 @@ from .lora import (
     set_adapter,
     set_frozen_eval,
 )
-from .retain import Retention
-from .samples import TokenTargets, caption_of, is_free_text, with_resized_boxes
-from .text import TokenizedCaption
+from mmdet_gdino_lora.retain import Retention
+from mmdet_gdino_lora.samples import TokenTargets, caption_of, is_free_text, with_resized_boxes
+from mmdet_gdino_lora.text import TokenizedCaption
 
 NO_DENOISING = dict(group_cfg=dict(dynamic=False, num_groups=1))
 

@@ -21,10 +21,10 @@ from mmengine.dist import get_world_size
 from mmengine.logging import MessageHub
 from torch import Tensor, nn
 
-from .boxes import BoxDistance
-from .errors import ConfigError
-from .lora import base_only, lora_state
-from .text import CaptionTokenizer, TokenizedCaption
+from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.lora import base_only, lora_state
+from mmdet_gdino_lora.objective.boxes import BoxDistance
+from mmdet_gdino_lora.text import CaptionTokenizer, TokenizedCaption
 
 WEIGHTS = dict(ce=2.0, bbox=5.0, giou=2.0)
 """Of the three parts to each other, as in the objective."""

@@ -9,8 +9,8 @@ import torch
 from mmdet.structures import SampleList
 from torch import Tensor
 
-from .errors import ConfigError
-from .text import CaptionTokenizer, TokenizedCaption
+from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.text import CaptionTokenizer, TokenizedCaption
 
 
 def caption_of(sample: Any, tokenizer: CaptionTokenizer) -> TokenizedCaption:

@@ -17,9 +17,9 @@ from torch import nn
 from mmdet_gdino_lora.engine.atomic import atomic
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora import GradientCheck
-from mmdet_gdino_lora.lora.base import read_weights
-from mmdet_gdino_lora.lora.files import export_adapter, write_weights
-from mmdet_gdino_lora.lora.merge import merged_weights
+from mmdet_gdino_lora.lora.store.base import read_weights
+from mmdet_gdino_lora.lora.store.folder import export_adapter, write_weights
+from mmdet_gdino_lora.lora.store.merge import merged_weights
 from tests.builders import stock_cfg
 from tests.test_lora_checkpoint import base, build, detections, train  # noqa: F401
 

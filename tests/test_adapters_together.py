@@ -11,7 +11,7 @@ from torch import nn
 
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora import base_only, export_adapter, load_adapter, set_adapter
-from mmdet_gdino_lora.lora.merge import merged_weights
+from mmdet_gdino_lora.lora.store.merge import merged_weights
 from tests.test_lora_checkpoint import base, build, detections, same, save, train  # noqa: F401
 
 TEXT_LORA = dict(preset='decoder+text', r=3, use_rslora=True)

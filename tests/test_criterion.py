@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmdet_gdino_lora import focal
-from mmdet_gdino_lora.criterion import GroundingDINOCriterion, build_criterion
+from mmdet_gdino_lora.objective.criterion import GroundingDINOCriterion, build_criterion
 from tests.objective import (
     Reference,
     assert_same,

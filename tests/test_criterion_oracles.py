@@ -12,7 +12,7 @@ from mmdet.registry import MODELS
 from mmengine.structures import InstanceData
 from transformers.loss.loss_grounding_dino import GroundingDinoForObjectDetectionLoss
 
-from mmdet_gdino_lora.criterion import GroundingDINOCriterion
+from mmdet_gdino_lora.objective.criterion import GroundingDINOCriterion
 from tests.objective import (
     assert_same,
     assert_same_gradients,

@@ -12,7 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from mmdet_gdino_lora.layers.attention import FusedMultiheadAttention
-from mmdet_gdino_lora.layers.fuse import fuse
+from mmdet_gdino_lora.layers.exchange import fuse
 
 
 def attention_pair(**kwargs) -> tuple[nn.Module, nn.Module]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
-from mmdet_gdino_lora.layers.sampling import sample_levels
+from mmdet_gdino_lora.layers.cpu.sampling import sample_levels
 
 SHAPES = ((9, 7), (5, 4), (2, 3), (1, 1))
 

@@ -15,8 +15,8 @@ from torch import nn
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.layers.checkpointing import mend_checkpointing
 from mmdet_gdino_lora.layers.contrastive import TokenLogits, narrow_logits
-from mmdet_gdino_lora.layers.dropout import attend
-from mmdet_gdino_lora.layers.fuse import fuse
+from mmdet_gdino_lora.layers.cpu.dropout import attend
+from mmdet_gdino_lora.layers.exchange import fuse
 from mmdet_gdino_lora.layers.levels import level_tensors
 from mmdet_gdino_lora.layers.proposals import select_proposals
 

@@ -19,7 +19,7 @@ from mmdet_gdino_lora import LoRAGroundingDINO
 from mmdet_gdino_lora.layers.contrastive import TokenLogits
 from mmdet_gdino_lora.layers.decoder import FusedGroundingDinoDecoder
 from mmdet_gdino_lora.layers.encoder import FusedGroundingDinoEncoder
-from mmdet_gdino_lora.layers.fuse import FUSED
+from mmdet_gdino_lora.layers.exchange import FUSED
 
 from .builders import SMALL_ENCODER, data_samples, detector_cfg
 

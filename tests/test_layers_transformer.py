@@ -16,7 +16,7 @@ from torch import nn
 
 from mmdet_gdino_lora.layers.decoder import FusedGroundingDinoDecoder
 from mmdet_gdino_lora.layers.encoder import FusedGroundingDinoEncoder
-from mmdet_gdino_lora.layers.fuse import fuse
+from mmdet_gdino_lora.layers.exchange import fuse
 from mmdet_gdino_lora.layers.levels import host_shapes, level_tensors
 
 from .builders import SMALL_DECODER, SMALL_ENCODER

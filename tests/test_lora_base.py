@@ -17,7 +17,7 @@ from torch import nn
 import mmdet_gdino_lora.text.encoder  # noqa: F401
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora import inject, load_base, lora_state
-from mmdet_gdino_lora.lora.base import fingerprint
+from mmdet_gdino_lora.lora.store.base import fingerprint
 from mmdet_gdino_lora.lora.tensors import plain_tensors
 from tests.builders import fill_level_embedding, stock_cfg
 

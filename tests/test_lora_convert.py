@@ -17,10 +17,10 @@ from transformers.models.mm_grounding_dino import modeling_mm_grounding_dino
 
 import mmdet_gdino_lora  # noqa: F401
 from mmdet_gdino_lora.errors import ConfigError
-from mmdet_gdino_lora.lora.convert import OFFICIAL, from_mmdet, release_of, to_mmdet
-from mmdet_gdino_lora.lora.merge import merged_weights
+from mmdet_gdino_lora.lora.store.convert import OFFICIAL, from_mmdet, release_of, to_mmdet
+from mmdet_gdino_lora.lora.store.merge import merged_weights
+from mmdet_gdino_lora.lora.store.transformers_format import write_transformers
 from mmdet_gdino_lora.lora.tensors import plain_tensors
-from mmdet_gdino_lora.lora.transformers_format import write_transformers
 from tests.builders import WORDS, data_samples, detector_cfg
 
 NAMES = ['red star', 'dog', 'hot dog']

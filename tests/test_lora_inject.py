@@ -15,7 +15,12 @@ from torch import nn
 import mmdet_gdino_lora.text.encoder  # noqa: F401
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora import GROUPS, PRESETS, describe, inject, lora_state, set_frozen_eval
-from mmdet_gdino_lora.lora.presets import adaptable_modules, as_pattern, group_of, parse_preset
+from mmdet_gdino_lora.lora.inject.presets import (
+    adaptable_modules,
+    as_pattern,
+    group_of,
+    parse_preset,
+)
 from mmdet_gdino_lora.lora.state import Base
 from tests.builders import fill_level_embedding, stock_cfg
 

@@ -13,17 +13,17 @@ from mmdet.registry import TASK_UTILS
 from mmengine.structures import InstanceData
 from scipy.optimize import linear_sum_assignment
 
-from mmdet_gdino_lora.boxes import BoxDistance, cxcywh_to_xyxy, xyxy_to_cxcywh
-from mmdet_gdino_lora.criterion import GroundingDINOCriterion
-from mmdet_gdino_lora.matching import (
+from mmdet_gdino_lora.objective import (
     BatchedCost,
     BoxGIoUCost,
     BoxL1Cost,
     HungarianMatcher,
     TokenFocalCost,
 )
-from mmdet_gdino_lora.matching import matcher as matcher_module
-from mmdet_gdino_lora.matching.pairs import QuerySet
+from mmdet_gdino_lora.objective import matcher as matcher_module
+from mmdet_gdino_lora.objective.boxes import BoxDistance, cxcywh_to_xyxy, xyxy_to_cxcywh
+from mmdet_gdino_lora.objective.criterion import GroundingDINOCriterion
+from mmdet_gdino_lora.objective.pairs import QuerySet
 from tests.objective import Reference, corners, draw, giou
 
 SETTINGS = settings(
@@ -145,7 +145,7 @@ def test_threads_change_nothing(monkeypatch):
 def test_block_size_changes_nothing(monkeypatch, block):
     outputs, targets = draw(4, (9, 0, 5), 12)
     expected = HungarianMatcher().cost_matrices(queries_of(outputs, targets), targets)
-    monkeypatch.setattr('mmdet_gdino_lora.matching.pairs.CPU_BLOCK', block)
+    monkeypatch.setattr('mmdet_gdino_lora.objective.pairs.CPU_BLOCK', block)
     for mine, other in zip(
         HungarianMatcher().cost_matrices(queries_of(outputs, targets), targets), expected
     ):

@@ -125,7 +125,7 @@ def build_runner(cfg):
     from mmdet.registry import RUNNERS
     from mmengine.runner import Runner
 
-    from mmdet_gdino_lora.lora.base import read_file
+    from mmdet_gdino_lora.lora.store.base import read_file
 
     if cfg.get('load_from') and os.path.isfile(cfg.load_from):
         read_file(cfg.load_from)

@@ -20,7 +20,7 @@ def main() -> None:
     add_cfg_options(arguments)
     args = arguments.parse_args()
 
-    from mmdet_gdino_lora.lora.files import export_adapter
+    from mmdet_gdino_lora.lora.store.folder import export_adapter
 
     detector, meta = load_tuned(args.config, args.checkpoint, args.cfg_options)
     classes = meta.get('dataset_meta', {}).get('classes', ())

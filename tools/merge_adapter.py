@@ -34,8 +34,8 @@ def main() -> None:
     args = arguments.parse_args()
 
     from mmdet_gdino_lora.errors import ConfigError
-    from mmdet_gdino_lora.lora.files import write_weights
-    from mmdet_gdino_lora.lora.merge import merged_weights
+    from mmdet_gdino_lora.lora.store.folder import write_weights
+    from mmdet_gdino_lora.lora.store.merge import merged_weights
 
     if args.format == 'mmdet' and not args.out.endswith(('.pth', '.safetensors')):
         raise ConfigError(f'out {args.out!r}: name it .pth or .safetensors')
@@ -46,7 +46,7 @@ def main() -> None:
     detector, meta = load_tuned(args.config, args.adapter, args.cfg_options)
     weights = merged_weights(detector, args.scale)
     if args.format == 'transformers':
-        from mmdet_gdino_lora.lora.transformers_format import write_transformers
+        from mmdet_gdino_lora.lora.store.transformers_format import write_transformers
 
         kind = write_transformers(args.out, detector, weights)
     else:
@@ -89,7 +89,7 @@ def load_tuned(config: str, adapter: str, options: dict | None = None) -> tuple:
 
     cfg = read_config(config, options)
     from mmdet_gdino_lora.errors import ConfigError
-    from mmdet_gdino_lora.lora.base import read_file
+    from mmdet_gdino_lora.lora.store.base import read_file
 
     if cfg.model.type != 'LoRAGroundingDINO' or not cfg.model.get('lora'):
         raise ConfigError(f'{config}: model is no LoRAGroundingDINO with lora=; nothing to merge')

@@ -19,8 +19,8 @@ def main() -> None:
     args = arguments.parse_args()
 
     from mmdet_gdino_lora.errors import ConfigError
-    from mmdet_gdino_lora.lora.base import read_weights
-    from mmdet_gdino_lora.lora.files import write_weights
+    from mmdet_gdino_lora.lora.store.base import read_weights
+    from mmdet_gdino_lora.lora.store.folder import write_weights
 
     if not args.out.endswith('.safetensors'):
         raise ConfigError(f'out {args.out!r}: name it .safetensors')

@@ -30,7 +30,7 @@ def main() -> None:
     args = arguments.parse_args()
 
     from mmdet_gdino_lora.errors import ConfigError
-    from mmdet_gdino_lora.lora.merge import merged_weights
+    from mmdet_gdino_lora.lora.store.merge import merged_weights
 
     if not all(0 <= scale <= 1 for scale in args.scales):
         raise ConfigError(f'--scales {args.scales}: give numbers between 0 and 1')

@@ -1,5 +1,5 @@
 """What the loader adds to mmdet's datasets."""
 
-from .token_spans import TokenSpans
+from mmdet_gdino_lora.datasets.token_spans import TokenSpans
 
 __all__ = ['TokenSpans']

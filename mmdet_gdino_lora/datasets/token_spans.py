@@ -9,9 +9,9 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 from mmdet.registry import TRANSFORMS
 
-from ..errors import ConfigError
-from ..text.caption import SEPARATOR
-from ..text.tokens import SPECIAL_TOKENS, CaptionTokenizer, Memo, TokenizedCaption
+from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.text.caption import SEPARATOR
+from mmdet_gdino_lora.text.tokens import SPECIAL_TOKENS, CaptionTokenizer, Memo, TokenizedCaption
 
 #: Sets of class names remembered. A run has a few; names given with each image may be many.
 _VOCABULARIES = 64

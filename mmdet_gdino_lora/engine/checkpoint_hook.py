@@ -11,8 +11,8 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.model import is_model_wrapper
 
-from ..errors import ConfigError
-from .atomic import atomic
+from mmdet_gdino_lora.engine.atomic import atomic
+from mmdet_gdino_lora.errors import ConfigError
 
 
 @HOOKS.register_module()

@@ -18,8 +18,8 @@ from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS, HOOKS
 from mmengine.hooks import Hook
 
-from ..errors import ConfigError
-from ..text.caption import clean_name
+from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.text.caption import clean_name
 
 
 def check_config(cfg: Mapping[str, Any], stages: Sequence[str] = ('train', 'val')) -> None:

@@ -6,7 +6,7 @@ import torch
 from mmdet.models.layers.transformer.grounding_dino_layers import GroundingDinoTransformerDecoder
 from torch import Tensor
 
-from mmdet_gdino_lora.layers.fuse import fuse
+from mmdet_gdino_lora.layers.exchange import fuse
 
 
 class FusedGroundingDinoDecoder(GroundingDinoTransformerDecoder):

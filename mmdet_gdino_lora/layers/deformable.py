@@ -11,8 +11,8 @@ from mmcv.ops.multi_scale_deform_attn import (
 )
 from torch import Tensor
 
+from mmdet_gdino_lora.layers.cpu.sampling import sample_levels
 from mmdet_gdino_lora.layers.levels import host_shapes
-from mmdet_gdino_lora.layers.sampling import sample_levels
 
 
 class FusedDeformableAttention(MultiScaleDeformableAttention):

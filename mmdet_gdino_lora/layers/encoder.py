@@ -8,7 +8,7 @@ from mmdet.models.layers.transformer.utils import get_text_sine_pos_embed
 from torch import Tensor
 
 from mmdet_gdino_lora.layers.checkpointing import run_checkpointed
-from mmdet_gdino_lora.layers.fuse import fuse
+from mmdet_gdino_lora.layers.exchange import fuse
 from mmdet_gdino_lora.layers.levels import host_shapes
 
 

@@ -6,7 +6,7 @@ import torch
 from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention
 from torch import Tensor
 
-from mmdet_gdino_lora.layers.dropout import attend
+from mmdet_gdino_lora.layers.cpu.dropout import attend
 
 
 class FusedBiAttention(BiMultiHeadAttention):

@@ -2,70 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-
-class Adapter(NamedTuple):
-    """One active adapter: the layer's weight is ``W + scaling * b @ a``.
-
-    Attributes:
-        a: [r, in_features].
-        b: [out_features, r].
-        scaling: ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA.
-        dropout: applied to the adapter's input while training.
-    """
-
-    a: Tensor
-    b: Tensor
-    scaling: float
-    dropout: nn.Module
-
-    def rows(self, begin: int, end: int) -> Adapter:
-        """The same adapter for the output features ``begin`` to ``end``."""
-        return self._replace(b=self.b[begin:end])
-
-    @property
-    def drops(self) -> bool:
-        """Whether the dropout acts now."""
-        return self.dropout.training and getattr(self.dropout, 'p', 0.0) > 0
-
-
-def active_adapters(layer: nn.Module) -> list[Adapter]:
-    """The adapters that a layer must add to its own weight now.
-
-    Empty for a layer without adapters, with adapters disabled, and with adapters merged (its own
-    weight holds them then). As in PEFT, disabling merged adapters first takes them out again.
-    """
-    if not isinstance(layer, LoraLayer):
-        return []
-    if layer.disable_adapters:
-        if layer.merged:
-            layer.unmerge()
-        return []
-    if layer.merged:
-        return []
-    return [
-        Adapter(
-            layer.lora_A[name].weight,
-            layer.lora_B[name].weight,
-            layer.scaling[name],
-            layer.lora_dropout[name],
-        )
-        for name in layer.active_adapters
-        if name in layer.lora_A
-    ]
-
-
-def is_plain_lora(layer: nn.Module) -> bool:
-    """Whether a LoRA layer is ``W + scaling * b @ a`` and nothing more (no DoRA, no own bias)."""
-    return not layer.lora_variant and not any(layer.lora_bias.values())
+from mmdet_gdino_lora.peft_layers.adapter import Adapter, active_adapters, is_plain_lora
 
 
 def adapted_linear(
@@ -83,7 +28,7 @@ def adapted_linear(
         x: [..., in_features].
         weight: [out_features, in_features].
         bias: [out_features] or None.
-        adapters: from `active_adapters`, possibly sliced by rows.
+        adapters: from `peft_layers.adapter.active_adapters`, possibly sliced by rows.
 
     Returns:
         [..., out_features]; equal to PEFT's within float32 rounding.

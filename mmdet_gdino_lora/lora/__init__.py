@@ -1,13 +1,13 @@
 """Adapters: where they go, how they are stored, and what they stand on."""
 
-from .adapters import base_only, load_adapter, set_adapter
-from .base import load_base
-from .checkpoint import install_hooks
-from .files import export_adapter
-from .gradients import GradientCheck
-from .inject import Report, describe, inject, set_frozen_eval
-from .presets import GROUPS, PRESETS
-from .state import ADAPTER, LoraState, lora_state
+from mmdet_gdino_lora.lora.inject.gradients import GradientCheck
+from mmdet_gdino_lora.lora.inject.injection import Report, describe, inject, set_frozen_eval
+from mmdet_gdino_lora.lora.inject.presets import GROUPS, PRESETS
+from mmdet_gdino_lora.lora.state import ADAPTER, LoraState, lora_state
+from mmdet_gdino_lora.lora.store.base import load_base
+from mmdet_gdino_lora.lora.store.checkpoint import install_hooks
+from mmdet_gdino_lora.lora.store.folder import export_adapter
+from mmdet_gdino_lora.lora.switch import base_only, load_adapter, set_adapter
 
 __all__ = [
     'ADAPTER',

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .tokens import TokenizedCaption
+from mmdet_gdino_lora.text.tokens import TokenizedCaption
 
 #: Token ids of one segment.
 Segment = tuple[int, ...]

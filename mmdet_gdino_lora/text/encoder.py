@@ -22,11 +22,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
 from transformers.utils import logging
 
-from ..errors import ConfigError
-from .batch import CaptionBatch, Segment, chunks, collate
-from .cache import SegmentCache
-from .files import text_model
-from .tokens import SPECIAL_TOKENS, CaptionTokenizer, TokenizedCaption, load_tokenizer
+from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.text.batch import CaptionBatch, Segment, chunks, collate
+from mmdet_gdino_lora.text.cache import SegmentCache
+from mmdet_gdino_lora.text.files import text_model
+from mmdet_gdino_lora.text.tokens import (
+    SPECIAL_TOKENS,
+    CaptionTokenizer,
+    TokenizedCaption,
+    load_tokenizer,
+)
 
 
 @MODELS.register_module()

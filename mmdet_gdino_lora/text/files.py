@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, Callable, TypeVar
 
-from ..errors import ConfigError
+from mmdet_gdino_lora.errors import ConfigError
 
 _T = TypeVar('_T')
 

@@ -17,9 +17,9 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..errors import ConfigError
-from .caption import SEPARATOR, CharSpan, caption_of, clean_name
-from .files import text_model
+from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.text.caption import SEPARATOR, CharSpan, caption_of, clean_name
+from mmdet_gdino_lora.text.files import text_model
 
 SPECIAL_TOKENS = ('[CLS]', '[SEP]', '.', '?')
 

@@ -38,8 +38,8 @@ from torch.profiler import ProfilerActivity, profile
 # the checkout that a tool lies in is the one it measures
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mmdet_gdino_lora.boxes import cxcywh_to_xyxy
-from mmdet_gdino_lora.criterion import GroundingDINOCriterion
+from mmdet_gdino_lora.objective.boxes import cxcywh_to_xyxy
+from mmdet_gdino_lora.objective.criterion import GroundingDINOCriterion
 
 PADDED = 256
 IMAGE = (800, 1333)

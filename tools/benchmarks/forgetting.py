@@ -151,8 +151,8 @@ def prompt_with_old_names(cfg, names: tuple[str, ...]) -> None:
 
 def plain_weights(detector) -> dict:
     """Weights without adapters, those folded in where there are some."""
-    from mmdet_gdino_lora.lora.merge import merged_weights
     from mmdet_gdino_lora.lora.state import lora_state
+    from mmdet_gdino_lora.lora.store.merge import merged_weights
 
     if lora_state(detector).config is not None:
         return merged_weights(detector)

@@ -14,9 +14,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..errors import ConfigError
-from .attention import FrozenMultiheadAttention
-from .presets import (
+from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.lora.inject.presets import (
     GROUPS,
     PRESETS,
     adaptable_modules,
@@ -26,8 +25,9 @@ from .presets import (
     preset_targets,
     user_targets,
 )
-from .state import ADAPTER, lora_state, needs_base
-from .tensors import LABEL_EMBEDDING, base_name, plain_tensors
+from mmdet_gdino_lora.lora.state import ADAPTER, lora_state, needs_base
+from mmdet_gdino_lora.lora.tensors import LABEL_EMBEDDING, base_name, plain_tensors
+from mmdet_gdino_lora.peft_layers.attention import FrozenMultiheadAttention
 
 DEFAULT_PRESET = 'decoder'
 BOX_HEAD = r'^bbox_head\.reg_branches\.'

@@ -19,12 +19,12 @@ from typing import Any, Optional
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
-from ..engine.runner_config import runner_config
-from ..errors import ConfigError
-from ..layers.attention import peft_out_proj_factor
-from .base import base_weights, fit_base, in_mmdet_names
-from .state import ADAPTER, Base, lora_state, needs_base
-from .tensors import LABEL_EMBEDDING, base_name, own_tensors
+from mmdet_gdino_lora.engine.runner_config import runner_config
+from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.lora.state import ADAPTER, Base, lora_state, needs_base
+from mmdet_gdino_lora.lora.store.base import base_weights, fit_base, in_mmdet_names
+from mmdet_gdino_lora.lora.tensors import LABEL_EMBEDDING, base_name, own_tensors
+from mmdet_gdino_lora.peft_layers.out_proj import peft_out_proj_factor
 
 RECORD = 'mmdet_gdino_lora'
 """Key of the record in a state dict's metadata, and in a safetensors file's."""

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from .tensors import LABEL_EMBEDDING
+from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.lora.tensors import LABEL_EMBEDDING
 
 
 class GradientCheck:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .targets import Targets
+from mmdet_gdino_lora.objective.targets import Targets
 
 #: Per layer and image: numbers of the matched queries, and of their targets in that image.
 Assignment = list[list[tuple[np.ndarray, np.ndarray]]]

@@ -13,15 +13,8 @@ from mmdet.registry import MODELS
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from .boxes import BoxDistance
-from .focal import (
-    KnownGradient,
-    background_focal,
-    span_grad,
-    span_minus_background,
-)
-from .matching import BoxGIoUCost, BoxL1Cost, HungarianMatcher, TokenFocalCost
-from .matching.assignment import (
+from mmdet_gdino_lora.objective import BoxGIoUCost, BoxL1Cost, HungarianMatcher, TokenFocalCost
+from mmdet_gdino_lora.objective.assignment import (
     LayerMatches,
     denoising_assignment,
     layer_indices,
@@ -29,8 +22,15 @@ from .matching.assignment import (
     to_device,
     to_host,
 )
-from .matching.pairs import QuerySet
-from .matching.targets import Targets
+from mmdet_gdino_lora.objective.boxes import BoxDistance
+from mmdet_gdino_lora.objective.focal import (
+    KnownGradient,
+    background_focal,
+    span_grad,
+    span_minus_background,
+)
+from mmdet_gdino_lora.objective.pairs import QuerySet
+from mmdet_gdino_lora.objective.targets import Targets
 
 COMPONENTS = ('ce', 'bbox', 'giou')
 
@@ -43,8 +43,9 @@ class GroundingDINOCriterion(nn.Module):
 
     1. match targets to queries one to one, at the least total cost (:class:`HungarianMatcher`);
     2. sum over all queries and valid tokens the sigmoid focal loss, with target 1 on the span
-       tokens of matched queries and 0 elsewhere (formulas in :mod:`mmdet_gdino_lora.focal`), and
-       over the matched pairs ``|dcx| + |dcy| + |dw| + |dh|`` and ``1 - GIoU``; divide each by
+       tokens of matched queries and 0 elsewhere (formulas in
+       :mod:`~mmdet_gdino_lora.objective.focal`), and over the matched pairs
+       ``|dcx| + |dcy| + |dw| + |dh|`` and ``1 - GIoU``; divide each by
        the number of boxes in the batch, averaged over the ranks, at least 1.
 
     This is DETR's criterion with the classes replaced by tokens. Padding tokens and logits of

@@ -17,11 +17,11 @@ from mmengine.structures import InstanceData
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..boxes import cxcywh_to_xyxy
-from .assignment import Assignment, to_host
-from .costs import BatchedCost, BoxGIoUCost, BoxL1Cost, TokenFocalCost
-from .pairs import QuerySet
-from .targets import Targets
+from mmdet_gdino_lora.objective.assignment import Assignment, to_host
+from mmdet_gdino_lora.objective.boxes import cxcywh_to_xyxy
+from mmdet_gdino_lora.objective.costs import BatchedCost, BoxGIoUCost, BoxL1Cost, TokenFocalCost
+from mmdet_gdino_lora.objective.pairs import QuerySet
+from mmdet_gdino_lora.objective.targets import Targets
 
 #: Boxes in one image from which threads pay (scipy releases the interpreter lock).
 THREADED_FROM = 64

@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..engine.safe_load import allow_mmengine_checkpoints
-from ..errors import ConfigError
-from .convert import check_scores, release_of, to_mmdet
-from .state import Base, lora_state
-from .tensors import LABEL_EMBEDDING, plain_tensors
+from mmdet_gdino_lora.engine.safe_load import allow_mmengine_checkpoints
+from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.lora.state import Base, lora_state
+from mmdet_gdino_lora.lora.store.convert import check_scores, release_of, to_mmdet
+from mmdet_gdino_lora.lora.tensors import LABEL_EMBEDDING, plain_tensors
 
 _FOLDER_FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin')
 # Buffers that files may have or lack: counters, and index tables that every constructor makes anew.

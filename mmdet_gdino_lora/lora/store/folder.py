@@ -14,12 +14,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..engine.atomic import atomic
-from ..errors import ConfigError
-from .checkpoint import RECORD, own_names, record
-from .inject import adapter_layers, describe
-from .state import lora_state
-from .tensors import LABEL_EMBEDDING, base_name, own_tensors
+from mmdet_gdino_lora.engine.atomic import atomic
+from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.lora.inject.injection import adapter_layers, describe
+from mmdet_gdino_lora.lora.state import lora_state
+from mmdet_gdino_lora.lora.store.checkpoint import RECORD, own_names, record
+from mmdet_gdino_lora.lora.tensors import LABEL_EMBEDDING, base_name, own_tensors
 
 PEFT_PREFIX = 'base_model.model.'
 

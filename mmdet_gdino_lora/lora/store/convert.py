@@ -16,7 +16,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from mmdet_gdino_lora.errors import ConfigError
 
 OFFICIAL, TRANSFORMERS = 'official', 'transformers'
 

@@ -9,12 +9,12 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from .attention import FrozenMultiheadAttention
-from .base import base_weights
-from .inject import adapter_layers
-from .state import lora_state
-from .tensors import LABEL_EMBEDDING, plain_tensors
+from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.lora.inject.injection import adapter_layers
+from mmdet_gdino_lora.lora.state import lora_state
+from mmdet_gdino_lora.lora.store.base import base_weights
+from mmdet_gdino_lora.lora.tensors import LABEL_EMBEDDING, plain_tensors
+from mmdet_gdino_lora.peft_layers.attention import FrozenMultiheadAttention
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..boxes import BoxDistance, xyxy_to_cxcywh
-from ..focal import CPU_BLOCK, background_focal
+from mmdet_gdino_lora.objective.boxes import BoxDistance, xyxy_to_cxcywh
+from mmdet_gdino_lora.objective.focal import CPU_BLOCK, background_focal
 
 
 @dataclass

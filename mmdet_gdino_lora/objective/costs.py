@@ -9,8 +9,8 @@ from __future__ import annotations
 from mmdet.registry import TASK_UTILS
 from torch import Tensor
 
-from ..focal import span_minus_background
-from .pairs import Pairs
+from mmdet_gdino_lora.objective.focal import span_minus_background
+from mmdet_gdino_lora.objective.pairs import Pairs
 
 
 class BatchedCost:
@@ -52,7 +52,7 @@ class TokenFocalCost(BatchedCost):
 
     ``mean over span tokens t of span(x_t) - background(x_t)``, the change of the focal loss if
     the query took the target (Grounding DINO, sec. 3.4; as transformers'
-    ``GroundingDinoHungarianMatcher``). Formulas in :mod:`mmdet_gdino_lora.focal`.
+    ``GroundingDinoHungarianMatcher``). Formulas in :mod:`mmdet_gdino_lora.objective.focal`.
 
     Args:
         weight: Factor on the cost. Grounding DINO: 1 (the authors' ``set_cost_class``).

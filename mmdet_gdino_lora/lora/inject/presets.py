@@ -16,7 +16,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
-from ..errors import ConfigError
+from mmdet_gdino_lora.errors import ConfigError
 
 GROUPS: dict[str, tuple[str, ...]] = {
     'decoder': ('decoder.layers.',),

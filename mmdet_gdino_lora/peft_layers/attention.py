@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 
-from ..layers.attention import peft_out_proj_factor
+from mmdet_gdino_lora.peft_layers.out_proj import peft_out_proj_factor
 
 
 class FrozenMultiheadAttention(peft_layer.MultiheadAttention):

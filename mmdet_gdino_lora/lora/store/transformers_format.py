@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GroundingDinoConfig, GroundingDinoImageProcessor, SwinConfig
 
-from ..engine.atomic import atomic
-from ..errors import ConfigError
-from .convert import TRANSFORMERS, from_mmdet
+from mmdet_gdino_lora.engine.atomic import atomic
+from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.lora.store.convert import TRANSFORMERS, from_mmdet
 
 
 def write_transformers(folder: str, detector: nn.Module, weights: Mapping[str, Tensor]) -> str:

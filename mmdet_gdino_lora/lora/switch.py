@@ -14,13 +14,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from .attention import FrozenMultiheadAttention
-from .base import base_weights, read_file, read_weights
-from .checkpoint import RECORD, check_base
-from .files import PEFT_PREFIX
-from .state import ADAPTER, lora_state
-from .tensors import LABEL_EMBEDDING, base_name, plain_tensors
+from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.lora.state import ADAPTER, lora_state
+from mmdet_gdino_lora.lora.store.base import base_weights, read_file, read_weights
+from mmdet_gdino_lora.lora.store.checkpoint import RECORD, check_base
+from mmdet_gdino_lora.lora.store.folder import PEFT_PREFIX
+from mmdet_gdino_lora.lora.tensors import LABEL_EMBEDDING, base_name, plain_tensors
+from mmdet_gdino_lora.peft_layers.attention import FrozenMultiheadAttention
 
 
 @torch.no_grad()

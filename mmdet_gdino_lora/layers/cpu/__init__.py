@@ -1,0 +1,1 @@
+"""What only CPUs run: the same results as the plain definitions, faster there."""

@@ -1,0 +1,1 @@
+"""Where adapters go, what is trained beside them, and whether it learns."""

@@ -1,0 +1,1 @@
+"""Files: bases, checkpoints, PEFT folders, merged weights, other releases' formats."""

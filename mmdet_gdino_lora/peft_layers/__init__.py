@@ -1,0 +1,1 @@
+"""Everything that depends on the insides of PEFT's layers."""
