@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora import base_only, lora_state
-from mmdet_gdino_lora.objective.boxes import BoxDistance
+from mmdet_gdino_lora.objective.boxes import l1_and_giou
 from mmdet_gdino_lora.text import CaptionTokenizer, TokenizedCaption
 
 WEIGHTS = dict(ce=2.0, bbox=5.0, giou=2.0)
@@ -280,9 +280,9 @@ def distance(adapted: Outputs, taught: Outputs) -> dict[str, Tensor]:
         parts['ce'].append(divergence.sum(-1).mean())
         score = p.masked_fill(~valid, 0).amax(-1).flatten()
         score = score / reduce_mean(score.sum()).clamp(min=1 / get_world_size())
-        between = BoxDistance.between(
-            boxes.flatten(0, 1).float().unbind(1), base_boxes.flatten(0, 1).float().unbind(1)
+        l1, giou = l1_and_giou(
+            boxes.flatten(0, 1).float().t(), base_boxes.flatten(0, 1).float().t()
         )
-        parts['bbox'].append((score * between.l1()).sum())
-        parts['giou'].append((score * (1 - between.giou())).sum())
+        parts['bbox'].append((score * l1).sum())
+        parts['giou'].append((score * (1 - giou)).sum())
     return {name: torch.stack(values).sum() for name, values in parts.items()}

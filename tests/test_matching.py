@@ -21,9 +21,10 @@ from mmdet_gdino_lora.objective import (
     TokenFocalCost,
 )
 from mmdet_gdino_lora.objective import matcher as matcher_module
-from mmdet_gdino_lora.objective.boxes import BoxDistance, cxcywh_to_xyxy, xyxy_to_cxcywh
+from mmdet_gdino_lora.objective.boxes import cxcywh_to_xyxy, l1_and_giou, xyxy_to_cxcywh
 from mmdet_gdino_lora.objective.criterion import GroundingDINOCriterion
-from mmdet_gdino_lora.objective.pairs import QuerySet
+from mmdet_gdino_lora.objective.groups import decoder_group
+from mmdet_gdino_lora.objective.targets import Targets
 from tests.objective import Reference, corners, draw, giou
 
 SETTINGS = settings(
@@ -42,20 +43,11 @@ OURS = [
 ]
 
 
-def queries_of(outputs: dict, targets: list[dict]) -> QuerySet:
-    """All decoder layers of drawn outputs, as the criterion hands them to the matcher."""
-    layers = [*outputs['aux_outputs'], outputs]
-    mask = outputs['text_token_mask']
-    return QuerySet(
-        [str(i) for i in range(len(layers))],
-        [layer['pred_logits'] for layer in layers],
-        [layer['pred_boxes'] for layer in layers],
-        mask,
-        [
-            (target['token_labels'][:, : mask.shape[1]] > 0) & valid
-            for target, valid in zip(targets, mask)
-        ],
-    )
+def cost_matrices(matcher: HungarianMatcher, outputs: dict, targets: list[dict]) -> list:
+    """Per image [N, L, Q], of all decoder layers, as the criterion asks the matcher for them."""
+    brought = Targets.of(outputs, targets)
+    costs = matcher.cost_matrix(decoder_group(outputs, brought), brought)
+    return list(costs.transpose(0, 1).split(brought.counts))
 
 
 def instances(
@@ -144,11 +136,9 @@ def test_threads_change_nothing(monkeypatch):
 @pytest.mark.parametrize('block', [1, 1 << 30])
 def test_block_size_changes_nothing(monkeypatch, block):
     outputs, targets = draw(4, (9, 0, 5), 12)
-    expected = HungarianMatcher().cost_matrices(queries_of(outputs, targets), targets)
-    monkeypatch.setattr('mmdet_gdino_lora.objective.pairs.CPU_BLOCK', block)
-    for mine, other in zip(
-        HungarianMatcher().cost_matrices(queries_of(outputs, targets), targets), expected
-    ):
+    expected = cost_matrices(HungarianMatcher(), outputs, targets)
+    monkeypatch.setattr('mmdet_gdino_lora.objective.cpu.BLOCK', block)
+    for mine, other in zip(cost_matrices(HungarianMatcher(), outputs, targets), expected):
         assert mine.shape == (len(mine), 3, 12)
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
 
@@ -157,7 +147,7 @@ def test_block_size_changes_nothing(monkeypatch, block):
 @pytest.mark.parametrize('costs', [OURS, STOCK], ids=['ours', 'stock'])
 def test_same_numbers_in_batch_and_in_mmdets_interface(image, costs):
     outputs, targets = draw(5, (6, 0, 3), 20, degenerate=True)
-    matrices = HungarianMatcher(costs).cost_matrices(queries_of(outputs, targets), targets)
+    matrices = cost_matrices(HungarianMatcher(costs), outputs, targets)
     matrix = matrices[image]
     predicted, truth, meta = instances(outputs, targets, image)
     if not len(truth.labels):
@@ -264,9 +254,9 @@ def test_giou_without_corners_equals_the_definition(seed, scale):
     boxes[2, 2:] = 0
     boxes[3] = boxes[2]
     boxes[4, :2] = boxes[5, :2]
-    pairs = BoxDistance.between(tuple(boxes.t()[:, :, None]), tuple(boxes.t()[:, None, :]))
-    torch.testing.assert_close(pairs.giou(), giou(corners(boxes), corners(boxes)))
-    torch.testing.assert_close(pairs.l1(), torch.cdist(boxes, boxes, p=1))
+    l1, overlap = l1_and_giou(boxes.t()[:, :, None], boxes.t()[:, None, :])
+    torch.testing.assert_close(overlap, giou(corners(boxes), corners(boxes)))
+    torch.testing.assert_close(l1, torch.cdist(boxes, boxes, p=1))
 
 
 def test_box_formats_are_inverse():

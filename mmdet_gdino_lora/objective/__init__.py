@@ -1,6 +1,15 @@
-"""Matching of queries to targets: the costs and the batched Hungarian matcher."""
+"""The objective: matching of queries to targets, and the losses of the matched pairs."""
 
 from mmdet_gdino_lora.objective.costs import BatchedCost, BoxGIoUCost, BoxL1Cost, TokenFocalCost
+from mmdet_gdino_lora.objective.criterion import GroundingDINOCriterion, build_criterion
 from mmdet_gdino_lora.objective.matcher import HungarianMatcher
 
-__all__ = ['BatchedCost', 'BoxGIoUCost', 'BoxL1Cost', 'HungarianMatcher', 'TokenFocalCost']
+__all__ = [
+    'BatchedCost',
+    'BoxGIoUCost',
+    'BoxL1Cost',
+    'GroundingDINOCriterion',
+    'HungarianMatcher',
+    'TokenFocalCost',
+    'build_criterion',
+]

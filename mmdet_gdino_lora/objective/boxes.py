@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -24,54 +22,32 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     return torch.stack(((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1), dim=-1)
 
 
-class BoxDistance(NamedTuple):
-    """Two sets of boxes compared: everything that L1 and GIoU need, computed once for both.
+def l1_and_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The two distances between boxes, which share most of their arithmetic.
 
-    All fields broadcast against each other. ``dx``, ``dy``, ``dw``, ``dh`` are the absolute
-    differences of the coordinates, ``w`` and ``h`` the mean widths and heights, ``areas`` the sum
-    of the two areas.
+    L1 is the sum of the absolute differences of cx, cy, w, h (DETR, sec. 3.1). Generalised IoU is
+    ``IoU - (enclosing - union) / enclosing``, in -1..1 (Rezatofighi et al., 2019).
+
+    Corners are not needed. Two intervals with mean length ``w``, centres ``dx`` and lengths ``dw``
+    apart overlap by ``w - max(dx, dw / 2)`` (negative: the gap between them) and together span
+    ``w + max(dx, dw / 2)``: the first argument of the maximum is that of staggered intervals, the
+    second that of one inside the other. For small boxes this is more exact in float32 than
+    differences of corners, which cancel.
+
+    Args:
+        a: [4, ...], the coordinates (cx, cy, w, h) first, in 0..1.
+        b: [4, ...], of a shape that broadcasts against that of ``a``.
+
+    Returns:
+        L1 and GIoU, [...]. Boxes without area take mmdet's limits: a GIoU of 0 for two equal
+        points, of -1 for two apart.
     """
-
-    dx: Tensor
-    dy: Tensor
-    dw: Tensor
-    dh: Tensor
-    w: Tensor
-    h: Tensor
-    areas: Tensor
-
-    @classmethod
-    def between(cls, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> BoxDistance:
-        """Compare boxes given as four coordinate tensors (cx, cy, w, h) that broadcast."""
-        (ax, ay, aw, ah), (bx, by, bw, bh) = a, b
-        return cls(
-            dx=(ax - bx).abs(),
-            dy=(ay - by).abs(),
-            dw=(aw - bw).abs(),
-            dh=(ah - bh).abs(),
-            w=(aw + bw) / 2,
-            h=(ah + bh) / 2,
-            areas=aw * ah + bw * bh,
-        )
-
-    def l1(self) -> Tensor:
-        """Sum of the absolute differences of cx, cy, w, h (DETR, sec. 3.1)."""
-        return self.dx + self.dy + self.dw + self.dh
-
-    def giou(self) -> Tensor:
-        """Generalised IoU in -1..1: IoU - (enclosing - union) / enclosing (Rezatofighi et al.).
-
-        Corners are not needed. Two intervals with mean length ``w``, centres ``dx`` and lengths
-        ``dw`` apart overlap by ``w - max(dx, dw / 2)`` (negative: the gap between them) and
-        together span ``w + max(dx, dw / 2)``: the first argument of the maximum is that of
-        staggered intervals, the second that of one inside the other. For small boxes this is
-        more exact in float32 than differences of corners, which cancel.
-
-        Boxes without area take mmdet's limits: 0 for two equal points, -1 for two apart.
-        """
-        offset_x = torch.maximum(self.dx, self.dw / 2)
-        offset_y = torch.maximum(self.dy, self.dh / 2)
-        inter = (self.w - offset_x).clamp(min=0) * (self.h - offset_y).clamp(min=0)
-        union = (self.areas - inter).clamp(min=AREA_EPS)
-        enclosing = ((self.w + offset_x) * (self.h + offset_y)).clamp(min=AREA_EPS)
-        return inter / union + union / enclosing - 1
+    apart = (a - b).abs()
+    offset = torch.maximum(apart[:2], apart[2:] / 2)
+    size = (a[2:] + b[2:]) / 2
+    inner = (size - offset).clamp(min=0)
+    outer = size + offset
+    inter = inner[0] * inner[1]
+    union = (a[2] * a[3] + b[2] * b[3] - inter).clamp(min=AREA_EPS)
+    enclosing = (outer[0] * outer[1]).clamp(min=AREA_EPS)
+    return apart.sum(0), inter / union + union / enclosing - 1

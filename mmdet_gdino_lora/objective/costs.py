@@ -24,7 +24,7 @@ class BatchedCost:
         self.weight = float(weight)
 
     def pairwise(self, pairs: Pairs) -> Tensor:
-        """Weighted cost [N, l * Q] of each of N targets with Q queries of l layers."""
+        """Weighted cost [l, n, Q] of each of n targets with Q queries of l layers."""
         raise NotImplementedError
 
     def __call__(self, pred_instances, gt_instances, img_meta: dict | None = None, **_) -> Tensor:
@@ -40,7 +40,7 @@ class BatchedCost:
         Returns:
             Weighted cost [Q, N] in float32.
         """
-        return self.pairwise(Pairs.from_instances(pred_instances, gt_instances, img_meta)).t()
+        return self.pairwise(Pairs.from_instances(pred_instances, gt_instances, img_meta))[0].t()
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}(weight={self.weight:g})'
@@ -81,15 +81,15 @@ class TokenFocalCost(BatchedCost):
         self.background = background
 
     def pairwise(self, pairs: Pairs) -> Tensor:
-        """See the class; [N, l * Q]."""
-        diff = span_minus_background(pairs.logits(), self.alpha, self.gamma)
-        spans = pairs.spans.to(diff.dtype)
+        """See the class; [l, n, Q]."""
+        change = span_minus_background(pairs.logits(), self.alpha, self.gamma)
+        weights = pairs.spans().to(change.dtype) * self.weight
         if self.reduction == 'mean':
-            spans = spans / spans.sum(dim=1, keepdim=True).clamp(min=1)
-        cost = spans @ diff.t()
+            weights /= weights.count_nonzero(1).clamp_(min=1)[:, None]
+        cost = pairs.over_spans(change, weights)
         if self.background:
-            cost += pairs.background(self.alpha, self.gamma)
-        return cost.mul_(self.weight)
+            cost += pairs.background(self.alpha, self.gamma) * self.weight
+        return cost
 
 
 @TASK_UTILS.register_module()
@@ -106,8 +106,8 @@ class BoxL1Cost(BatchedCost):
         super().__init__(weight)
 
     def pairwise(self, pairs: Pairs) -> Tensor:
-        """See the class; [N, l * Q]."""
-        return pairs.distance().l1().mul_(self.weight)
+        """See the class; [l, n, Q]."""
+        return pairs.l1() * self.weight
 
 
 @TASK_UTILS.register_module()
@@ -124,5 +124,5 @@ class BoxGIoUCost(BatchedCost):
         super().__init__(weight)
 
     def pairwise(self, pairs: Pairs) -> Tensor:
-        """See the class; [N, l * Q]."""
-        return pairs.distance().giou().mul_(-self.weight)
+        """See the class; [l, n, Q]."""
+        return pairs.giou() * -self.weight

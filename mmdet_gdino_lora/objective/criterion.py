@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,23 +12,23 @@ from mmdet.registry import MODELS
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmdet_gdino_lora.objective import BoxGIoUCost, BoxL1Cost, HungarianMatcher, TokenFocalCost
-from mmdet_gdino_lora.objective.assignment import (
-    LayerMatches,
-    denoising_assignment,
-    layer_indices,
-    on_device,
-    to_device,
-    to_host,
-)
-from mmdet_gdino_lora.objective.boxes import BoxDistance
+from mmdet_gdino_lora.objective.boxes import l1_and_giou
+from mmdet_gdino_lora.objective.costs import BoxGIoUCost, BoxL1Cost, TokenFocalCost
 from mmdet_gdino_lora.objective.focal import (
     KnownGradient,
     background_focal,
     span_grad,
     span_minus_background,
 )
-from mmdet_gdino_lora.objective.pairs import QuerySet
+from mmdet_gdino_lora.objective.groups import (
+    Group,
+    decoder_group,
+    denoising_group,
+    encoder_group,
+)
+from mmdet_gdino_lora.objective.host import to_device
+from mmdet_gdino_lora.objective.matcher import HungarianMatcher
+from mmdet_gdino_lora.objective.matches import Matches, match
 from mmdet_gdino_lora.objective.targets import Targets
 
 COMPONENTS = ('ce', 'bbox', 'giou')
@@ -137,6 +136,9 @@ class GroundingDINOCriterion(nn.Module):
                   those are padding.
                 - ``text_token_mask`` [B, T] bool, True for valid tokens.
                 - ``aux_outputs``: the same two for each earlier decoder layer, in order.
+                - ``decoder_outputs``, where the model has its layers in one tensor: the same two
+                  for all decoder layers, [L, B, Q, T] and [L, B, Q, 4], the last one last. It is
+                  read in place of the above and spares putting them together.
                 - ``enc_outputs``: the same two for the encoder's proposals (any Q).
                 - ``dn_outputs``: the same two for the denoising queries of all decoder layers,
                   [L, B, Qdn, T] and [L, B, Qdn, 4], and ``num_groups`` (int). As mmdet's
@@ -155,33 +157,37 @@ class GroundingDINOCriterion(nn.Module):
         Raises:
             ValueError: Shapes that don't fit together, or predictions that are NaN or infinite
                 (named by layer and image).
+            ConfigError: A target (of a label that isn't -1) whose ``token_labels`` are all zero.
         """
-        with torch.autocast(outputs['pred_logits'].device.type, enabled=False):
-            targets = Targets(outputs, targets)
-            return self._losses(self._groups(outputs, targets), targets)
+        with torch.autocast(outputs['text_token_mask'].device.type, enabled=False):
+            targets = Targets.of(outputs, targets)
+            groups = self._groups(outputs, targets)
+            grads = [self._background(group) for group in groups]  # doesn't wait for the matching
+            matches, num_boxes = match(groups, targets, self.matcher)
+            values = torch.stack(
+                (
+                    self._class_losses(groups, matches, grads),
+                    *box_losses(groups, matches, targets),
+                )
+            ) / divisors(num_boxes, groups, targets.boxes.device)
+        names = [suffix for group in groups for suffix in group.suffixes]
+        components = zip(names, *(part.unbind() for part in values))
+        losses = {suffix: dict(zip(COMPONENTS, parts)) for suffix, *parts in components}
+        return {
+            f'loss_{name}{suffix}': losses[suffix][name]
+            for group in groups
+            for suffix in (group.suffixes[-1], *group.suffixes[:-1])
+            for name in COMPONENTS
+        }
 
-    def _groups(self, outputs: Mapping[str, Any], targets: Targets) -> list[_Group]:
+    def _groups(self, outputs: Mapping[str, Any], targets: Targets) -> list[Group]:
         """Sort the predictions by how they get their targets."""
-        aux = list(outputs.get('aux_outputs') or ())
-        enc = outputs.get('enc_outputs')
-        self._check_auxiliary(len(aux), enc is not None)
-        names = [f'decoder layer {i}' for i in range(len(aux) + 1)]
-        groups = [_Group(['', *_numbered(len(aux))], _queries(names, [*aux, outputs], targets))]
-        if enc is not None:
-            queries = _queries(['the encoder'], [enc], targets)
-            if self.enc_target == 'objectness':
-                queries.logits = [objectness(enc['pred_logits'], targets.mask)]
-                queries.mask = targets.mask.new_ones((len(targets.mask), 1))
-                queries.spans = [queries.mask.new_ones((len(s), 1)) for s in targets.spans]
-            groups.append(_Group(['_enc'], queries, one_class=self.enc_target == 'objectness'))
-        denoising = outputs.get('dn_outputs')
-        if denoising is not None:
-            logits, boxes = denoising['pred_logits'].unbind(), denoising['pred_boxes'].unbind()
-            layers = [dict(pred_logits=a, pred_boxes=b) for a, b in zip(logits, boxes)]
-            names = [f'the denoising queries of decoder layer {i}' for i in range(len(layers))]
-            suffixes = ['_dn', *(f'_dn{i}' for i in _numbered(len(layers) - 1))]
-            queries = _queries(names, layers, targets)
-            groups.append(_Group(suffixes, queries, dn_groups=int(denoising['num_groups'])))
+        groups = [decoder_group(outputs, targets)]
+        if outputs.get('enc_outputs') is not None:
+            groups.append(encoder_group(outputs, targets, self.enc_target))
+        self._check_auxiliary(len(groups[0].suffixes) - 1, len(groups) > 1)
+        if outputs.get('dn_outputs') is not None:
+            groups.append(denoising_group(outputs, targets))
         return groups
 
     def _check_auxiliary(self, num_aux: int, has_enc: bool) -> None:
@@ -208,91 +214,51 @@ class GroundingDINOCriterion(nn.Module):
             stacklevel=4,
         )
 
-    def _losses(self, groups: list[_Group], targets: Targets) -> dict[str, Tensor]:
-        for group in groups:
-            self._background(group)
-        matches = self._match(groups, targets)
-        divisor = _num_boxes(targets, groups)
-        ce = self._class_losses(groups, matches)
-        bbox, giou = _box_losses(groups, matches, targets)
-        suffixes = [suffix for group in groups for suffix in group.suffixes]
-        components = [(values / divisor).unbind() for values in (ce, bbox, giou)]
-        return {
-            f'loss_{name}{suffix}': values[i]
-            for i, suffix in enumerate(suffixes)
-            for name, values in zip(COMPONENTS, components)
-        }
-
-    def _match(self, groups: list[_Group], targets: Targets) -> list[LayerMatches]:
-        """The matched pairs of every layer of every group."""
-        wanted = targets.for_host()
-        for group in groups:
-            wanted.append(group.finiteness())
-            if not group.dn_groups:
-                wanted += self.matcher.cost_matrices(group.queries, targets.per_image)
-        host = iter(to_host(wanted))
-        targets.arrived(next(host), next(host))
-        layers = []
-        for group in groups:
-            group.check_finite(next(host))
-            num_queries = group.queries.logits[0].shape[1]
-            if group.dn_groups:
-                assignment = denoising_assignment(
-                    num_queries, group.dn_groups, len(group.suffixes), targets.rows
-                )
-            else:
-                costs = [next(host) for _ in targets.per_image]
-                assignment = self.matcher.assign(costs, targets.rows)
-            layers += [
-                layer_indices(layer, num_queries, targets, group.one_class) for layer in assignment
-            ]
-        return on_device(layers, targets.device)
-
-    def _background(self, group: _Group) -> None:
-        """The dense part of the class loss, which doesn't wait for the matching."""
-        queries = group.queries
+    def _background(self, group: Group) -> Tensor | None:
+        """The dense part of the class loss, kept by the group; returns its gradient, if wanted."""
         key = (self.focal_alpha, self.focal_gamma)
-        results = [
-            background_focal(
-                logits, queries.mask, *key, torch.is_grad_enabled() and logits.requires_grad
+        with_grad = torch.is_grad_enabled() and group.logits.requires_grad
+        group.background[key], grad = background_focal(group.logits, group.mask, *key, with_grad)
+        return grad
+
+    def _class_losses(
+        self, groups: list[Group], matches: list[Matches], grads: list[Tensor | None]
+    ) -> Tensor:
+        """Summed class loss of every layer [S]: the background's, corrected on the spans."""
+        key = (self.focal_alpha, self.focal_gamma)
+        logits = [group.logits for group in groups]
+        with torch.no_grad():
+            counts = [len(found.span[0]) for found in matches]
+            x = torch.cat(
+                [
+                    x[found.span].to(torch.promote_types(x.dtype, torch.float32))
+                    for x, found in zip(logits, matches)
+                ]
             )
-            for logits in queries.logits
-        ]
-        queries.background[key] = [sums for sums, _ in results]
-        group.grads = [grad for _, grad in results]
-
-    @torch.no_grad()
-    def _span_terms(self, group: _Group, matches: list[LayerMatches]) -> Tensor:
-        """Finish the class losses [L] of a group, and their gradients in place."""
-        key = (self.focal_alpha, self.focal_gamma)
-        values = []
-        for logits, sums, grad, match in zip(
-            group.queries.logits, group.queries.background[key], group.grads, matches
-        ):
-            x = logits.detach()[match.span_index].to(sums.dtype)
-            if self.background_weight != 1:
-                weight = torch.full_like(sums, self.background_weight)
-                weight.view(-1)[match.query] = 1
-                sums = sums * weight
+            changes = span_minus_background(x, *key).masked_fill_(x == -torch.inf, 0)
+            slopes = span_grad(x, *key)
+            values = []
+            for group, found, grad, change, slope in zip(
+                groups, matches, grads, changes.split(counts), slopes.split(counts)
+            ):
+                sums = self._weighted(group.background[key], found, grad)
                 if grad is not None:
-                    grad.mul_(weight[..., None])
-            # in float64: the background of confident spans is added here and taken away there
-            total = sums.sum(dtype=torch.float64)
-            spans = span_minus_background(x, *key).masked_fill_(x == -torch.inf, 0)
-            total += spans.sum(dtype=torch.float64)
-            values.append(total.to(sums.dtype))
-            if grad is not None:
-                grad[match.span_index] = span_grad(x, *key)
-        return torch.stack(values)
+                    grad[found.span] = slope.to(grad.dtype)
+                # in float64: the background of confident spans is added here and taken away there
+                total = sums.sum((1, 2), dtype=torch.float64)
+                total += layer_sums(change.double(), found.span_counts)
+                values.append(total.to(sums.dtype))
+        return KnownGradient.apply(values, grads, *logits)
 
-    def _class_losses(self, groups: list[_Group], matches: list[LayerMatches]) -> Tensor:
-        """Summed class loss [S] of every layer of every group."""
-        values, grads, logits, of_layers = [], [], [], iter(matches)
-        for group in groups:
-            values.append(self._span_terms(group, [next(of_layers) for _ in group.suffixes]))
-            grads += group.grads
-            logits += group.queries.logits
-        return KnownGradient.apply(torch.cat(values), grads, *logits)
+    def _weighted(self, sums: Tensor, found: Matches, grad: Tensor | None) -> Tensor:
+        """Background losses [L, B, Q] with ``background_weight`` on unmatched queries."""
+        if self.background_weight == 1:
+            return sums
+        weight = torch.full_like(sums, self.background_weight)
+        weight.view(-1)[found.query] = 1
+        if grad is not None:
+            grad.mul_(weight[..., None])
+        return sums * weight
 
 
 def build_criterion(
@@ -312,104 +278,50 @@ def build_criterion(
     return GroundingDINOCriterion(num_classes, num_decoder_layers, focal_alpha, focal_gamma)
 
 
-def objectness(logits: Tensor, mask: Tensor) -> Tensor:
-    """The largest valid token logit of each proposal, [B, Q, 1], with gradient to that one.
-
-    Args:
-        logits: [B, Q, C], C at least T.
-        mask: [B, T] bool, True for valid tokens. An image without any has -inf.
-    """
-    valid = logits.detach()[..., : mask.shape[1]].masked_fill(~mask[:, None], -torch.inf)
-    largest = logits.gather(-1, valid.argmax(dim=-1, keepdim=True))
-    return largest.masked_fill(~mask.any(dim=1)[:, None, None], -torch.inf)
-
-
-@dataclass
-class _Group:
-    """Layers whose queries are assigned in the same way.
-
-    Attributes:
-        suffixes: Of the component names, per layer.
-        queries: The predictions.
-        dn_groups: Number of denoising groups; 0 for queries that are matched.
-        one_class: The only token is objectness, which every target spans.
-        grads: Per layer the gradient of the summed class loss, or None.
-    """
-
-    suffixes: list[str]
-    queries: QuerySet
-    dn_groups: int = 0
-    one_class: bool = False
-    grads: Sequence[Tensor | None] = ()
-
-    def finiteness(self) -> Tensor:
-        """[2, L, B], finite where the logits and the boxes of a layer and image are."""
-        (sums,) = self.queries.background.values()
-        boxes = [boxes.detach().flatten(1).float().sum(1) for boxes in self.queries.boxes]
-        return torch.stack([torch.stack([s.sum(1) for s in sums]).float(), torch.stack(boxes)])
-
-    def check_finite(self, values: np.ndarray) -> None:
-        """Raise for the first layer and image with NaN or infinite predictions."""
-        bad = np.argwhere(~np.isfinite(values))
-        if len(bad):
-            kind, layer, image = bad[0]
-            raise ValueError(
-                f'{("pred_logits", "pred_boxes")[kind]} of {self.queries.names[layer]}, image '
-                f'{image} of the batch, hold NaN or infinite values: the training has diverged; '
-                'lower the learning rate, clip gradients, or use bfloat16 instead of float16'
-            )
-
-
-def _numbered(count: int) -> list[str]:
-    return [f'_{i}' for i in range(count)]
-
-
-def _queries(names: list[str], layers: list[Mapping[str, Any]], targets: Targets) -> QuerySet:
-    """Layers in the order of their component names: the last one has no number, so it is first."""
-    names, layers = [names[-1], *names[:-1]], [layers[-1], *layers[:-1]]
-    return QuerySet(
-        names,
-        [layer['pred_logits'] for layer in layers],
-        [layer['pred_boxes'] for layer in layers],
-        targets.mask,
-        targets.spans,
-    )
-
-
-def _box_losses(
-    groups: list[_Group], matches: list[LayerMatches], targets: Targets
+def box_losses(
+    groups: Sequence[Group], matches: Sequence[Matches], targets: Targets
 ) -> tuple[Tensor, Tensor]:
     """Summed L1 [S] and 1 - GIoU [S] of the matched pairs of every layer (DETR, eqs. 9, 10).
 
     Without pairs they are zero, yet part of the graph: in distributed training every parameter
     needs its gradient on every rank.
+
+    Args:
+        groups: The predictions; S layers in all.
+        matches: Their pairs.
+        targets: Of the same batch.
     """
-    boxes = [boxes.flatten(0, 1) for group in groups for boxes in group.queries.boxes]
-    index, first = [], 0
-    for layer, match in zip(boxes, matches):
-        index.append(match.query + first)
-        first += len(layer)
-    predicted = torch.cat(boxes).index_select(0, torch.cat(index))
+    predicted = torch.cat(
+        [group.boxes.reshape(-1, 4)[found.query.view(-1)] for group, found in zip(groups, matches)]
+    )
     predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
-    target = targets.boxes.index_select(0, torch.cat([match.target for match in matches]))
-    distance = BoxDistance.between(predicted.unbind(1), target.unbind(1))
-    losses = torch.stack((distance.l1(), 1 - distance.giou()))
-    per_layer = losses.split([len(match.query) for match in matches], dim=1)
-    return torch.stack([layer.sum(1) for layer in per_layer], dim=1).unbind()
+    wanted = targets.boxes[torch.cat([found.target.view(-1) for found in matches])]
+    l1, giou = l1_and_giou(predicted.t(), wanted.t())
+    losses = torch.stack((l1, 1 - giou)).split([found.query.numel() for found in matches], dim=1)
+    sums = [part.view(2, *found.query.shape).sum(-1) for part, found in zip(losses, matches)]
+    return torch.cat(sums, dim=1).unbind()
 
 
-def _num_boxes(targets: Targets, groups: list[_Group]) -> Tensor:
+def layer_sums(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """Sums [L] of values that stand layer after layer, ``counts`` of each."""
+    if len(set(counts)) == 1:  # as long as there are no more boxes than queries
+        return values.view(len(counts), -1).sum(1)
+    return torch.stack([part.sum() for part in values.split(list(counts))])
+
+
+def divisors(num_boxes: int, groups: Sequence[Group], device: torch.device) -> Tensor:
     """Divisor of every layer's losses [S]: boxes in the batch, averaged over ranks, at least 1.
 
     For denoising queries every group counts the boxes again, as in mmdet's and DINO's heads.
+
+    Args:
+        num_boxes: Targets that count, on this rank.
+        groups: The predictions.
+        device: Of the result.
     """
-    dn_groups = max(group.dn_groups for group in groups)
-    counts = torch.tensor([targets.num_boxes, targets.num_boxes * dn_groups], dtype=torch.float32)
-    counts = to_device(counts, targets.device)
+    counts = [num_boxes * max(1, group.dn_groups) for group in groups for _ in group.suffixes]
+    counts = to_device(np.array(counts, dtype=np.float32), device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(counts)
         counts = counts / torch.distributed.get_world_size()
-    counts = counts.clamp(min=1)
-    return torch.cat(
-        [counts[int(group.dn_groups > 0)].expand(len(group.suffixes)) for group in groups]
-    )
+    return counts.clamp(min=1)

@@ -22,11 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-#: Elements per block on the CPU: what one block needs stays in the cache between operations.
-CPU_BLOCK = 1 << 18
-
-#: Below it, log(1 - p) keeps float32's digits when taken of the rounded p.
-SAFE_LOGIT = 4.0
+from mmdet_gdino_lora.objective import cpu
 
 #: Logits from here down to -inf have equal costs.
 LOWEST_LOGIT = -1000.0
@@ -59,67 +55,51 @@ def background_focal(
     """Focal loss with target 0 on every valid token, summed per query, and its gradient.
 
     Args:
-        logits: [B, Q, C], C at least T; columns from T on are padding. Any float type.
+        logits: [L, B, Q, C], C at least T; columns from T on are padding. Any float type.
         mask: [B, T] bool, True for valid tokens.
         alpha: Weight of target 1; target 0 has ``1 - alpha``.
         gamma: Focusing exponent.
-        with_grad: Also compute the gradient.
+        with_grad: Whether the gradient is wanted.
 
     Returns:
-        The sums [B, Q], and the derivative by ``logits`` [B, Q, C] (None without
+        The sums [L, B, Q], and the derivative by ``logits`` [L, B, Q, C] (None without
         ``with_grad``), both in float32 (float64 for float64 logits). Nothing is differentiable.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logits = logits.detach()
-    sums = logits.new_zeros(logits.shape[:2], dtype=dtype)
+    sums = logits.new_zeros(logits.shape[:3], dtype=dtype)
     grad = torch.empty_like(logits, dtype=dtype) if with_grad else None
-    by = _background_by_blocks if logits.device.type == 'cpu' else _background_at_once
-    by(logits, mask, alpha, gamma, sums, grad)
+    if cpu.runs_here(logits):
+        for block, x, quick in cpu.background_blocks(logits, mask, dtype):
+            here = None if grad is None else grad[block]
+            background_block(x, alpha, gamma, sums[block[:-1]], here, quick)
+        if grad is not None:
+            cpu.clear_padding(grad, mask)
+        return sums, grad
+    num_tokens = mask.shape[1]
+    x = logits[..., :num_tokens].to(dtype).masked_fill(~mask[:, None], -torch.inf)
+    background_block(x, alpha, gamma, sums, None if grad is None else grad[..., :num_tokens])
+    if grad is not None and num_tokens < grad.shape[-1]:
+        grad[..., num_tokens:] = 0
     return sums, grad
 
 
-def _background_at_once(
-    logits: Tensor, mask: Tensor, alpha: float, gamma: float, sums: Tensor, grad: Tensor | None
+def background_block(
+    x: Tensor, alpha: float, gamma: float, sums: Tensor, grad: Tensor | None, quick: bool = False
 ) -> None:
-    """Few large operations, and no look at the mask, which the host would have to wait for."""
-    num_tokens = mask.shape[1]
-    x = logits[..., :num_tokens].to(sums.dtype).masked_fill(~mask[:, None], -torch.inf)
-    _background_block(x, alpha, gamma, sums, None if grad is None else grad[..., :num_tokens])
-    if grad is not None:
-        grad[..., num_tokens:] = 0
+    """Write the sums of ``background(x)`` over the last dimension, and its gradient, in place.
 
-
-def _background_by_blocks(
-    logits: Tensor, mask: Tensor, alpha: float, gamma: float, sums: Tensor, grad: Tensor | None
-) -> None:
-    """Operations on what fits the cache, and none on the padding behind an image's caption."""
-    for image, valid in enumerate(mask):
-        tokens = _valid_prefix(valid)
-        holes = not bool(valid[:tokens].all())
-        rows = max(1, CPU_BLOCK // max(1, tokens))
-        for start in range(0, logits.shape[1] if tokens else 0, rows):
-            here = (image, slice(start, start + rows), slice(0, tokens))
-            x = logits[here].to(sums.dtype)
-            if holes:
-                x = x.masked_fill(~valid[:tokens], -torch.inf)
-            _background_block(x, alpha, gamma, sums[here[:2]], None if grad is None else grad[here])
-        if grad is not None:
-            grad[image, :, tokens:] = 0
-
-
-def _valid_prefix(valid: Tensor) -> int:
-    """Number of columns up to the last True of a [T] mask."""
-    indices = valid.nonzero()
-    return int(indices[-1]) + 1 if len(indices) else 0
-
-
-def _background_block(
-    x: Tensor, alpha: float, gamma: float, sums: Tensor, grad: Tensor | None
-) -> None:
-    """Write the sums over the last dimension and the gradient of one block in place."""
+    Args:
+        x: [..., T] logits, -inf at padding.
+        alpha: Weight of target 1.
+        gamma: Focusing exponent.
+        sums: [...], written.
+        grad: [..., T], written; None: not wanted.
+        quick: Whether log(1 - p) may be taken of the rounded p, which takes half the time and is
+            exact enough for logits below :data:`~.cpu.SAFE_LOGIT`.
+    """
     p = x.sigmoid()
-    safe = x.is_cpu and float(x.amax()) < SAFE_LOGIT  # the quick way takes half the time
-    log_q = p.neg().log1p_() if safe else logsigmoid(-x)
+    log_q = p.neg().log1p_() if quick else logsigmoid(-x)
     weight = p.pow(gamma).mul_(1 - alpha)
     torch.sum(weight * log_q, dim=-1, out=sums)
     sums.neg_()
@@ -129,26 +109,30 @@ def _background_block(
 
 
 class KnownGradient(torch.autograd.Function):
-    """Values [S] whose gradients by S inputs are known: value s depends on input s alone.
+    """Values [L] of each group, whose gradient by the group's logits [L, B, Q, C] is known.
 
-    The gradients are scaled in place and handed on, unless the graph is kept for another pass.
+    Value l depends on layer l alone. The gradients are scaled in place and handed on, unless the
+    graph is kept for another pass.
     """
 
     @staticmethod
-    def forward(ctx, values: Tensor, grads: Sequence[Tensor | None], *inputs: Tensor) -> Tensor:
+    def forward(
+        ctx, values: Sequence[Tensor], grads: Sequence[Tensor | None], *logits: Tensor
+    ) -> Tensor:
         ctx.grads = list(grads)
-        ctx.dtypes = [tensor.dtype for tensor in inputs]
-        return values.clone()
+        ctx.dtypes = [tensor.dtype for tensor in logits]
+        ctx.sizes = [len(tensor) for tensor in logits]
+        return torch.cat(list(values))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_values: Tensor):
         kept = _graph_is_kept()
         scaled = []
-        for s, factor in enumerate(grad_values):
-            grad = ctx.grads[s]
+        for grad, factor, dtype in zip(ctx.grads, grad_values.split(ctx.sizes), ctx.dtypes):
             if grad is not None:
-                grad = (grad * factor if kept else grad.mul_(factor)).to(ctx.dtypes[s])
+                factor = factor[:, None, None, None]
+                grad = (grad * factor if kept else grad.mul_(factor)).to(dtype)
             scaled.append(grad)
         if not kept:
             ctx.grads = [None] * len(ctx.grads)

@@ -17,11 +17,12 @@ from mmengine.structures import InstanceData
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mmdet_gdino_lora.objective.assignment import Assignment, to_host
 from mmdet_gdino_lora.objective.boxes import cxcywh_to_xyxy
 from mmdet_gdino_lora.objective.costs import BatchedCost, BoxGIoUCost, BoxL1Cost, TokenFocalCost
-from mmdet_gdino_lora.objective.pairs import QuerySet
-from mmdet_gdino_lora.objective.targets import Targets
+from mmdet_gdino_lora.objective.groups import Group, decoder_group
+from mmdet_gdino_lora.objective.host import to_host
+from mmdet_gdino_lora.objective.pairs import Pairs
+from mmdet_gdino_lora.objective.targets import HostTargets, Targets
 
 #: Boxes in one image from which threads pay (scipy releases the interpreter lock).
 THREADED_FROM = 64
@@ -62,73 +63,59 @@ class HungarianMatcher:
             min(Q, N) of each.
         """
         targets = [{'labels': t['boxes'].new_zeros(len(t['boxes'])), **t} for t in targets]
-        targets = Targets(outputs, targets)
-        queries = QuerySet(
-            ['layer'],
-            [outputs['pred_logits']],
-            [outputs['pred_boxes']],
-            targets.mask,
-            targets.spans,
-        )
-        keep, spans, *costs = to_host(
-            [*targets.for_host(), *self.cost_matrices(queries, targets.per_image)]
-        )
-        targets.arrived(keep, spans)
-        return [
-            (torch.from_numpy(query), torch.from_numpy(target))
-            for query, target in self.assign(costs, targets.rows)[0]
-        ]
+        targets = Targets.of(outputs, targets)
+        group = decoder_group({**outputs, 'aux_outputs': None, 'decoder_outputs': None}, targets)
+        host = to_host({**targets.for_host(), 'costs': self.cost_matrix(group, targets)})
+        costs = host.pop('costs')
+        kept = HostTargets(targets.counts, **host).kept
+        image, query, target = (index[0] for index in self.assign(costs, kept))
+        target = target - np.concatenate(([0], np.cumsum(targets.counts)))[image]
+        here = [image == number for number in range(len(kept))]
+        return [(torch.from_numpy(query[at]), torch.from_numpy(target[at])) for at in here]
 
     __call__ = forward
 
     @torch.no_grad()
-    def cost_matrices(self, queries: QuerySet, targets: Sequence[dict]) -> list[Tensor]:
+    def cost_matrix(self, group: Group, targets: Targets) -> Tensor:
         """Total cost of every query with every target of its image.
 
         Args:
-            queries: The predictions.
-            targets: Per image ``boxes`` [N, 4]; for costs that aren't batched also ``labels`` [N]
-                and, where known, ``img_meta`` (default: ``img_shape`` (1, 1)).
+            group: The predictions.
+            targets: Of the same batch. For costs that aren't batched, its ``per_image`` may hold
+                ``img_meta`` (default: ``img_shape`` (1, 1)).
 
         Returns:
-            Per image [N, L, Q] in float32, on the device.
+            [L, N, Q] in float32 (float64 for float64 predictions), on the device.
         """
-        num_layers, num_queries = len(queries.logits), queries.logits[0].shape[1]
-        matrices = []
-        for image, target in enumerate(targets):
-            blocks = []
-            for pairs in queries.pairs(image, target['boxes']) if len(target['boxes']) else ():
-                total = None
-                for cost in self.costs:
-                    if isinstance(cost, BatchedCost):
-                        part = cost.pairwise(pairs)
-                    else:
-                        part = _one_by_one(cost, queries, pairs.layers, image, target)
-                    total = part if total is None else total.add_(part)
-                blocks.append(total.view(len(total), -1, num_queries))
-            if blocks:
-                matrices.append(torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0])
-            else:
-                matrices.append(queries.boxes[0].new_zeros((0, num_layers, num_queries)).float())
-        return matrices
+        shape = (len(group.logits), len(targets.boxes), group.num_queries)
+        costs = group.boxes.new_empty(shape, dtype=Pairs.cost_dtype(group.boxes))
+        for part, pairs in Pairs.of(group, targets):
+            total, *others = [
+                cost.pairwise(pairs)
+                if isinstance(cost, BatchedCost)
+                else _one_by_one(cost, pairs, targets)
+                for cost in self.costs
+            ]
+            for other in others:
+                total = total.add_(other)
+            costs[part] = total
+        return costs
 
     @staticmethod
-    def assign(costs: Sequence[np.ndarray], keep: Sequence[np.ndarray]) -> Assignment:
+    def assign(
+        costs: np.ndarray, kept: Sequence[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Solve the assignments on the host.
 
         Args:
-            costs: Per image [N, L, Q].
-            keep: Per image [N] bool; False rows are ignored.
+            costs: [L, N, Q].
+            kept: Per image, the numbers of its targets that count (among all N).
 
         Returns:
-            Per layer and image the matched queries, ascending, and their targets (numbers among
-            all N): int64, min(Q, kept N) of each.
+            Images, their matched queries (ascending) and those queries' targets (among all N),
+            int64 [L, M] each; M is the sum over the images of min(Q, kept).
         """
-        kept = [np.flatnonzero(rows) for rows in keep]
-        num_layers = costs[0].shape[1]
-        problems = [
-            matrix[rows, layer] for layer in range(num_layers) for matrix, rows in zip(costs, kept)
-        ]
+        problems = [matrix[rows] for matrix in costs for rows in kept]
         try:
             if any(len(rows) >= THREADED_FROM for rows in kept):
                 with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -140,15 +127,21 @@ class HungarianMatcher:
             if not bad:
                 raise
             raise ValueError(
-                f'image {bad[0] % len(costs)} of the batch has matching costs that are NaN or '
+                f'image {bad[0] % len(kept)} of the batch has matching costs that are NaN or '
                 'infinite: look at its predictions, its target boxes and your own match_costs'
             ) from None
-        pairs = []
-        for (target, query), rows in zip(solved, kept * num_layers):
+        queries, targets = [], []
+        for (row, query), rows in zip(solved, [*kept] * len(costs)):
             order = np.argsort(query)
-            pairs.append((query[order].astype(np.int64), rows[target[order]].astype(np.int64)))
-        images = len(costs)
-        return [pairs[i * images : (i + 1) * images] for i in range(num_layers)]
+            queries.append(query[order])
+            targets.append(rows[row[order]])
+        image = np.repeat(np.arange(len(kept)), [len(query) for query in queries[: len(kept)]])
+        shape = (len(costs), len(image))
+        return (
+            np.broadcast_to(image, shape),
+            np.concatenate(queries).reshape(shape).astype(np.int64, copy=False),
+            np.concatenate(targets).reshape(shape).astype(np.int64, copy=False),
+        )
 
     def __repr__(self) -> str:
         return ', '.join(map(repr, self.costs))
@@ -168,24 +161,33 @@ def batched(cost):
     return cost
 
 
-def _one_by_one(cost, queries: QuerySet, layers: slice, image: int, target: dict) -> Tensor:
-    """A cost with mmdet's interface, for some layers of one image; [N, l * Q]."""
+def _one_by_one(cost, pairs: Pairs, targets: Targets) -> Tensor:
+    """A cost with mmdet's interface, called for each layer and image; [l, n, Q]."""
+    group = pairs.group
+    spans = group.spans.split(targets.counts)
+    images = range(*pairs.images.indices(len(targets.counts)))
+    return torch.cat(
+        [_of_image(cost, group, pairs.layers, i, targets.per_image[i], spans[i]) for i in images],
+        dim=1,
+    )
+
+
+def _of_image(cost, group: Group, layers: slice, image: int, target: dict, spans: Tensor) -> Tensor:
     img_meta = target.get('img_meta', {'img_shape': (1, 1)})
     height, width = img_meta['img_shape'][:2]
     size = target['boxes'].new_tensor([width, height, width, height])
-    spans = queries.spans[image]
     gt_instances = InstanceData(
         bboxes=cxcywh_to_xyxy(target['boxes']) * size,
         labels=target['labels'],
         positive_maps=spans.float(),
-        text_token_mask=queries.mask[image].expand(len(spans), -1),
+        text_token_mask=group.mask[image].expand(len(spans), -1),
     )
     parts = []
-    for logits, boxes in zip(queries.logits[layers], queries.boxes[layers]):
+    for logits, boxes in zip(group.logits[layers, image], group.boxes[layers, image]):
         pred_instances = InstanceData(
-            scores=logits[image, :, : spans.shape[1]].float(),
-            bboxes=cxcywh_to_xyxy(boxes[image].float()) * size,
+            scores=logits[:, : spans.shape[1]].float(),
+            bboxes=cxcywh_to_xyxy(boxes.float()) * size,
         )
         part = cost(pred_instances=pred_instances, gt_instances=gt_instances, img_meta=img_meta)
-        parts.append(part.float())
-    return torch.cat(parts).t().contiguous()
+        parts.append(part.float().t())
+    return torch.stack(parts)

@@ -1,87 +1,76 @@
-"""What a matching cost looks at: queries on one side, the boxes of one image on the other."""
+"""What a matching cost looks at: queries on one side, targets of the same images on the other."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from mmdet_gdino_lora.objective.boxes import BoxDistance, xyxy_to_cxcywh
-from mmdet_gdino_lora.objective.focal import CPU_BLOCK, background_focal
+from mmdet_gdino_lora.objective import cpu
+from mmdet_gdino_lora.objective.boxes import l1_and_giou, xyxy_to_cxcywh
+from mmdet_gdino_lora.objective.groups import Group
+from mmdet_gdino_lora.objective.targets import Targets
 
-
-@dataclass
-class QuerySet:
-    """Predictions of several layers that are matched to the same targets.
-
-    The layers share the batch, the number of queries and the tokens.
-
-    Attributes:
-        names: What an error calls each layer, L of them.
-        logits: Per layer [B, Q, C] token logits. Columns from T on are padding.
-        boxes: Per layer [B, Q, 4] as (cx, cy, w, h) in 0..1.
-        mask: [B, T] bool, True for valid tokens.
-        spans: Per image [N, T] bool: the valid tokens of each target's span.
-        background: ``background_focal``'s sums per layer [B, Q], where they are known already,
-            under their ``(alpha, gamma)``.
-    """
-
-    names: list[str]
-    logits: list[Tensor]
-    boxes: list[Tensor]
-    mask: Tensor
-    spans: list[Tensor]
-    background: dict[tuple[float, float], list[Tensor]] = field(default_factory=dict)
-
-    def background_sums(self, alpha: float, gamma: float) -> list[Tensor]:
-        """Per layer and query [B, Q], the focal loss of calling every valid token background."""
-        key = (alpha, gamma)
-        if key not in self.background:
-            self.background[key] = [
-                background_focal(logits, self.mask, alpha, gamma, with_grad=False)[0]
-                for logits in self.logits
-            ]
-        return self.background[key]
-
-    def pairs(self, image: int, target_boxes: Tensor) -> list[Pairs]:
-        """The queries of one image, in blocks of layers that fit the CPU's cache together."""
-        spans = self.spans[image]
-        num_layers, num_queries = len(self.logits), self.logits[0].shape[1]
-        per_block = num_layers
-        tokens = None
-        if spans.device.type == 'cpu':  # elsewhere the host would have to wait for the tokens
-            per_block = max(1, CPU_BLOCK // max(1, num_queries * len(spans)))
-            tokens = spans.any(dim=0).nonzero().squeeze(1)
-            spans = spans[:, tokens]
-        return [
-            Pairs(self, slice(start, start + per_block), image, tokens, spans, target_boxes)
-            for start in range(0, num_layers, per_block)
-        ]
+#: Takes all of a dimension.
+EVERY = slice(None)
 
 
 class Pairs:
-    """Q queries of l layers against the N boxes of one image, for batched costs.
+    """Q queries of l layers against n targets, each with the queries of its own image.
 
-    A cost returns [N, l * Q]. What several costs need is computed once.
+    A cost returns [l, n, Q]. What several costs need is computed once.
+
+    Args:
+        group: The predictions.
+        counts: Targets of each of the images, n in all.
+        target_boxes: [n, 4] as (cx, cy, w, h) in 0..1.
+        image: int64 [n], each target's image among ``images``; ``EVERY`` where there is one.
+        layers: Which of the group's.
+        images: Which of the group's.
+        rows: Which of the group's targets.
+        tokens: Which of the group's T tokens the targets' spans are looked for in.
     """
 
     def __init__(
         self,
-        queries: QuerySet,
-        layers: slice,
-        image: int,
-        tokens: Tensor | None,
-        spans: Tensor,
+        group: Group,
+        counts: list[int],
         target_boxes: Tensor,
+        image: Tensor | slice = EVERY,
+        layers: slice = EVERY,
+        images: slice = EVERY,
+        rows: slice = EVERY,
+        tokens: Tensor | slice = EVERY,
     ) -> None:
-        self.queries = queries
-        self.layers = layers
-        self.image = image
-        self.tokens = tokens
-        self.spans = spans
+        self.group = group
+        self.counts = counts
         self.target_boxes = target_boxes
-        self._distance: BoxDistance | None = None
+        self.image = image
+        self.layers, self.images, self.rows, self.tokens = layers, images, rows, tokens
+        self._distances: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, group: Group, targets: Targets) -> Iterator[tuple[tuple[slice, slice], Pairs]]:
+        """All pairs of a group: at once, or in pieces that fit a CPU's cache.
+
+        Args:
+            group: The predictions.
+            targets: Of the same batch.
+
+        Yields:
+            The layers and targets that the piece is about, and its pairs.
+        """
+        if not cpu.runs_here(group.logits):  # to know the tokens, the host would have to wait
+            yield (EVERY, EVERY), cls(group, targets.counts, targets.boxes, targets.image)
+            return
+        num_layers, _, num_queries, _ = group.logits.shape
+        for images, rows, layers in cpu.pair_blocks(targets.counts, num_layers, num_queries):
+            boxes, tokens = targets.boxes[rows], cpu.used_tokens(group.spans[rows])
+            yield (
+                (layers, rows),
+                cls(group, [len(boxes)], boxes, EVERY, layers, images, rows, tokens),
+            )
 
     @classmethod
     def from_instances(cls, pred_instances, gt_instances, img_meta: dict | None) -> Pairs:
@@ -101,39 +90,64 @@ class Pairs:
 
         logits = boxes = mask = spans = target_boxes = None
         if 'scores' in pred_instances:
-            logits = pred_instances.scores[None]
+            logits = pred_instances.scores[None, None]
             mask = gt_instances.text_token_mask[:1].bool()
             spans = (gt_instances.positive_maps > 0) & mask
         if 'bboxes' in pred_instances:
-            boxes = normalised(pred_instances.bboxes)[None]
+            boxes = normalised(pred_instances.bboxes)[None, None]
             target_boxes = normalised(gt_instances.bboxes)
-        queries = QuerySet(['layer'], [logits], [boxes], mask, [spans])
-        return cls(queries, slice(0, 1), 0, None, spans, target_boxes)
+        group = Group([''], ['layer'], logits, boxes, mask, spans)
+        return cls(group, [len(target_boxes if spans is None else spans)], target_boxes)
 
     def logits(self) -> Tensor:
-        """Logits [l * Q, U] of the U tokens that ``spans`` [N, U] speaks of."""
-        num_tokens = self.queries.mask.shape[1]
-        columns = [
-            logits[self.image, :, :num_tokens]
-            if self.tokens is None
-            else logits[self.image].index_select(1, self.tokens)
-            for logits in self.queries.logits[self.layers]
+        """Logits [l, b, Q, U] of the b images, for the U tokens that :meth:`spans` speaks of."""
+        logits = self.group.logits.detach()[self.layers, self.images]
+        if isinstance(self.tokens, Tensor):
+            logits = cpu.take_tokens(logits, self.tokens)
+        else:
+            logits = logits[..., : self.group.mask.shape[1]]
+        return logits.to(self.cost_dtype(logits))
+
+    def spans(self) -> Tensor:
+        """bool [n, U], the tokens of each target's span."""
+        return self.group.spans[self.rows][:, self.tokens]
+
+    def over_spans(self, values: Tensor, weights: Tensor) -> Tensor:
+        """For each target, the weighted sum over tokens of its own image's values.
+
+        Args:
+            values: [l, b, Q, U].
+            weights: [n, U].
+
+        Returns:
+            [l, n, Q].
+        """
+        sums = [
+            weight @ values[:, image].transpose(-1, -2)
+            for image, weight in enumerate(weights.split(self.counts))
         ]
-        return torch.cat(columns).detach().to(self.cost_dtype(columns[0]))
+        return torch.cat(sums, dim=1) if len(sums) > 1 else sums[0]
 
     def background(self, alpha: float, gamma: float) -> Tensor:
-        """Per query [l * Q], the focal loss of calling every valid token background."""
-        sums = self.queries.background_sums(alpha, gamma)[self.layers]
-        return torch.cat([layer[self.image] for layer in sums])
+        """Focal loss of calling every valid token background, [l, n or 1, Q]."""
+        sums = self.group.background_sums(alpha, gamma)
+        return sums[self.layers, self.images][:, self.image]
 
-    def distance(self) -> BoxDistance:
-        """The boxes compared; fields [N, l * Q]."""
-        if self._distance is None:
-            boxes = torch.cat([boxes[self.image] for boxes in self.queries.boxes[self.layers]])
-            boxes = boxes.detach().to(self.cost_dtype(boxes)).t().contiguous()
-            targets = self.target_boxes.to(boxes.dtype).t()[:, :, None]
-            self._distance = BoxDistance.between(boxes.unbind(), targets.unbind())
-        return self._distance
+    def l1(self) -> Tensor:
+        """L1 distance of the boxes, [l, n, Q]."""
+        return self._boxes_compared()[0]
+
+    def giou(self) -> Tensor:
+        """Generalised IoU of the boxes, [l, n, Q]."""
+        return self._boxes_compared()[1]
+
+    def _boxes_compared(self) -> tuple[Tensor, Tensor]:
+        if self._distances is None:
+            boxes = self.group.boxes.detach()[self.layers, self.images]
+            planes = boxes.to(self.cost_dtype(boxes)).permute(3, 0, 1, 2).contiguous()
+            targets = self.target_boxes.to(planes.dtype).t()[:, None, :, None]
+            self._distances = l1_and_giou(planes[:, :, self.image], targets)
+        return self._distances
 
     @staticmethod
     def cost_dtype(tensor: Tensor) -> torch.dtype:

@@ -5,7 +5,7 @@
 Forward and backward of all losses of one step: decoder layers and encoder, no denoising queries
 (transformers' loss has none). All three get the same random predictions and targets and compute
 the same objective (token targets for the encoder). Each gets them as its own model hands them
-over: mmdet's and transformers' logits are padded to 256 tokens, ours are as wide as the caption;
+over: the decoder's layers in one tensor (ours in a list, too), mmdet's and transformers' logits are padded to 256 tokens, ours are as wide as the caption;
 a row shows ours with padding, too. The contenders take turns in one process, and the median
 counts.
 
@@ -79,26 +79,37 @@ def padded(tokens: Tensor, value: float) -> Tensor:
     return torch.nn.functional.pad(tokens, (0, PADDED - tokens.shape[-1]), value=value)
 
 
-def ours(case: Case, device: str, pad: bool = False, **options) -> Callable[[], Tensor]:
-    """Our criterion; a function that does forward and backward and returns the loss."""
+def ours(
+    case: Case, device: str, pad: bool = False, listed: bool = False, **options
+) -> Callable[[], Tensor]:
+    """Our criterion; a function that does forward and backward and returns the loss.
+
+    The decoder's layers come in one tensor, as from our head (and to mmdet's loss), or listed.
+    """
     logits, boxes, mask, targets = case.inputs(device)
     if pad:
         logits = padded(logits, -torch.inf)
     criterion = GroundingDINOCriterion(80, case.layers, **{'enc_target': 'tokens', **options})
-    layers = [
-        dict(pred_logits=a.clone().requires_grad_(), pred_boxes=b.clone().requires_grad_())
-        for a, b in zip(logits, boxes)
-    ]
-    outputs = dict(
-        layers[-2], aux_outputs=layers[:-2], enc_outputs=layers[-1], text_token_mask=mask
-    )
+
+    def layer(at: int | slice) -> dict[str, Tensor]:
+        parts = dict(pred_logits=logits[at], pred_boxes=boxes[at])
+        return {name: part.clone().requires_grad_() for name, part in parts.items()}
+
+    encoder = layer(-1)
+    if listed:
+        layers = [layer(i) for i in range(case.layers)]
+        outputs = dict(layers[-1], aux_outputs=layers[:-1])
+    else:
+        layers = [layer(slice(case.layers))]
+        outputs = dict(decoder_outputs=layers[0])
+    outputs.update(enc_outputs=encoder, text_token_mask=mask)
 
     def step() -> Tensor:
         losses = criterion(outputs, targets)
         loss = sum(criterion.weight_dict[name] * value for name, value in losses.items())
         loss.backward()
-        for layer in layers:
-            layer['pred_logits'].grad = layer['pred_boxes'].grad = None
+        for part in (*layers, encoder):
+            part['pred_logits'].grad = part['pred_boxes'].grad = None
         return loss.detach()
 
     return step
@@ -288,6 +299,7 @@ def main() -> None:
     case = Case()
     steps = {
         'ours': ours(case, device),
+        'ours, layers in a list': ours(case, device, listed=True),
         'ours, objectness': ours(case, device, enc_target='objectness'),
         'ours, padded to 256': ours(case, device, pad=True),
         'mmdet head': mmdet(case, device),
