@@ -178,7 +178,7 @@ def stock_cfg(text_dir: str, **overrides: Any) -> ConfigDict:
         test_cfg=dict(max_per_img=30),
     )
     cfg.update(overrides)
-    return _own(cfg)
+    return _copied(cfg)
 
 
 def detector_cfg(text_dir: str, **overrides: Any) -> ConfigDict:
@@ -201,17 +201,50 @@ def detector_cfg(text_dir: str, **overrides: Any) -> ConfigDict:
         criterion=dict(type='GroundingDINOCriterion'),
     )
     cfg['train_cfg'] = dict(assigner=ASSIGNER)
-    cfg.update(overrides)
-    return _own(cfg)
+    # A ConfigDict's own update merges dicts, and would leave keys of the replaced ones.
+    return _copied({**cfg, **overrides})
 
 
-def _own(cfg: dict) -> ConfigDict:
+def _copied(cfg: dict) -> ConfigDict:
     # A deep copy, for mmdet's constructors write into their configs.
     return ConfigDict(json.loads(json.dumps(cfg)))
 
 
-def build(cfg: ConfigDict) -> nn.Module:
-    """Builds a detector, always from the same random numbers.
+def build(text_dir: str, **overrides: Any) -> nn.Module:
+    """Builds the small ``LoRAGroundingDINO`` from the running random numbers.
+
+    ``conftest.py`` seeds them before every test, so two detectors of one test differ in what no
+    file gave them: a weight that was not loaded cannot pass for one that was.
+
+    Args:
+        text_dir: Folder of the text model.
+        **overrides: Top-level keys of :func:`detector_cfg` to replace.
+
+    Returns:
+        The detector.
+    """
+    return build_cfg(detector_cfg(text_dir, **overrides))
+
+
+def build_stock(text_dir: str, **overrides: Any) -> nn.Module:
+    """Builds mmdet's own small detector; its text encoder alone is exchanged, as it doesn't start.
+
+    Args:
+        text_dir: Folder of the text model.
+        **overrides: Top-level keys of :func:`stock_cfg` to replace.
+
+    Returns:
+        The detector.
+    """
+    cfg = stock_cfg(text_dir, **overrides)
+    cfg.language_model.type = 'GroundingTextEncoder'
+    return build_cfg(cfg)
+
+
+def build_cfg(cfg: ConfigDict) -> nn.Module:
+    """Builds a detector and fills the one parameter that mmdet leaves to ``init_weights``.
+
+    Until then it is whatever lay in that memory, NaN for one.
 
     Args:
         cfg: A model config.
@@ -219,22 +252,28 @@ def build(cfg: ConfigDict) -> nn.Module:
     Returns:
         The detector.
     """
-    torch.manual_seed(0)
     detector = MODELS.build(cfg)
     if not cfg.get('base_checkpoint'):
-        fill_level_embedding(detector)
+        nn.init.normal_(detector.level_embed)
     return detector
 
 
-def fill_level_embedding(detector: nn.Module) -> None:
-    """Gives values to the one parameter that mmdet leaves to ``init_weights``.
-
-    Until then it is whatever lay in that memory, NaN for one.
+def write_base(detector: nn.Module, path: str) -> str:
+    """Writes a base checkpoint as mmdet would, no weight of it at its tell-tale initial value.
 
     Args:
-        detector: Newly built.
+        detector: Newly built; it is initialised and stirred.
+        path: Of the file.
+
+    Returns:
+        The path.
     """
-    nn.init.normal_(detector.level_embed)
+    detector.init_weights()
+    with torch.no_grad():
+        for parameter in detector.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    torch.save(dict(meta={}, state_dict=detector.state_dict()), path)
+    return path
 
 
 def data_samples(

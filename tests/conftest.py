@@ -6,11 +6,15 @@ import os
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from mmdet.utils import register_all_modules
+from mmengine.logging import MessageHub
 
-from tests.builders import THREADS, build, detector_cfg, tiny_text_model
+import mmdet_gdino_lora  # noqa: F401
+from tests.builders import THREADS, build, tiny_text_model, write_base
 
 register_all_modules(init_default_scope=True)
 torch.set_num_threads(THREADS)
@@ -24,13 +28,27 @@ def text_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope='session')
 def base(text_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A base checkpoint, its weights far enough from their initial values to tell models apart."""
-    detector = build(detector_cfg(text_dir, lora=None))
-    detector.init_weights()
-    with torch.no_grad():
-        for name, parameter in detector.named_parameters():
-            if 'language_model' not in name:
-                parameter.add_(torch.randn_like(parameter) * 0.02)
-    path = str(tmp_path_factory.mktemp('base') / 'base.pth')
-    torch.save(dict(state_dict=detector.state_dict()), path)
-    return path
+    """The base checkpoint that the tests' adapters stand on."""
+    torch.manual_seed(0)
+    detector = build(text_dir, lora=None)
+    return write_base(detector, str(tmp_path_factory.mktemp('base') / 'base.pth'))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _seed_of_the_module() -> None:
+    """Fixtures of a module draw the same numbers whichever modules ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _seed_of_the_test() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_run() -> Iterator[None]:
+    """What mmengine's hooks leave behind in a run is gone when the test is."""
+    hub = MessageHub.get_current_instance()
+    yield
+    for key in ('cfg', 'iter'):
+        hub.runtime_info.pop(key, None)

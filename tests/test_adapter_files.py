@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmdet.registry import MODELS
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from torch import nn
@@ -20,12 +19,12 @@ from mmdet_gdino_lora.lora import GradientCheck
 from mmdet_gdino_lora.lora.store.base import read_weights
 from mmdet_gdino_lora.lora.store.folder import export_adapter, write_weights
 from mmdet_gdino_lora.lora.store.merge import merged_weights
-from tests.builders import stock_cfg
-from tests.test_lora_checkpoint import base, build, detections, train  # noqa: F401
+from tests.builders import build, build_stock
+from tests.detectors import detections, train
 
 
 @pytest.fixture(scope='module')
-def tuned(text_dir: str, base: str) -> nn.Module:  # noqa: F811
+def tuned(text_dir: str, base: str) -> nn.Module:
     lora = dict(preset='all', r=2, lora_alpha=3, rank_pattern={r'ffn\.layers\.1': 1})
     detector = build(text_dir, lora=lora, base_checkpoint=base, trainable=['neck.*gn'])
     train(detector)
@@ -33,10 +32,8 @@ def tuned(text_dir: str, base: str) -> nn.Module:  # noqa: F811
 
 
 @pytest.fixture(scope='module')
-def _stock(text_dir: str, base: str) -> nn.Module:  # noqa: F811
-    cfg = stock_cfg(text_dir)
-    cfg['language_model']['type'] = 'GroundingTextEncoder'
-    detector = MODELS.build(cfg)
+def _stock(text_dir: str, base: str) -> nn.Module:
+    detector = build_stock(text_dir)
     detector.load_state_dict(read_weights(base))
     return detector
 
@@ -73,7 +70,7 @@ def test_stock_peft_loads_the_export_onto_stock_mmdet(
 
 def test_the_export_is_described_for_people_and_for_peft(
     tuned: nn.Module,
-    base: str,  # noqa: F811
+    base: str,
     tmp_path: Path,
 ) -> None:
     export_adapter(tuned, str(tmp_path), classes=['red star', 'dog'], metrics={'AP50': 0.5})
@@ -92,7 +89,7 @@ def test_the_export_is_described_for_people_and_for_peft(
 
 def test_what_peft_has_no_place_for_is_refused_with_the_way_out(
     text_dir: str,
-    base: str,  # noqa: F811
+    base: str,
     tmp_path: Path,
 ) -> None:
     detector = build(text_dir, base_checkpoint=base, trainable=['^level_embed'])
@@ -115,7 +112,7 @@ def test_merged_at_one_stock_mmdet_detects_as_the_tuned_detector(
 
 def test_merged_at_zero_is_the_base_and_between_lies_between(
     tuned: nn.Module,
-    base: str,  # noqa: F811
+    base: str,
 ) -> None:
     weights = read_weights(base)
     zero, half, one = (merged_weights(tuned, scale) for scale in (0.0, 0.5, 1.0))
@@ -134,7 +131,7 @@ def test_merged_at_zero_is_the_base_and_between_lies_between(
 
 def test_merging_does_not_depend_on_the_variant(
     text_dir: str,
-    base: str,  # noqa: F811
+    base: str,
     stock: nn.Module,
 ) -> None:
     lora = dict(preset='decoder', init_lora_weights='pissa', exclude_modules=['attn'], r=2)

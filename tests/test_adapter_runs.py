@@ -17,9 +17,9 @@ from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_checkpoint
 
 from mmdet_gdino_lora.datasets.shapes import NEW_CLASSES, Split, write_shapes
-from tests.builders import THREADS
+from tests.builders import THREADS, build
+from tests.detectors import detections, same
 from tests.run_small import run
-from tests.test_lora_checkpoint import base, build, detections, same  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize('count', ['epoch', 'iter'])
 def test_a_killed_run_resumes_to_the_weights_of_the_whole_run(
     text_dir: str,
-    base: str,  # noqa: F811
+    base: str,
     tmp_path: Path,
     count: str,
 ) -> None:

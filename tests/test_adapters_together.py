@@ -12,7 +12,8 @@ from torch import nn
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora import base_only, export_adapter, load_adapter, set_adapter
 from mmdet_gdino_lora.lora.store.merge import merged_weights
-from tests.test_lora_checkpoint import base, build, detections, same, save, train  # noqa: F401
+from tests.builders import build
+from tests.detectors import detections, same, save, train
 
 TEXT_LORA = dict(preset='decoder+text', r=3, use_rslora=True)
 
@@ -25,14 +26,14 @@ def close(one: tuple, other: tuple) -> bool:
 
 
 @pytest.fixture(scope='module')
-def first(text_dir: str, base: str) -> nn.Module:  # noqa: F811
+def first(text_dir: str, base: str) -> nn.Module:
     detector = build(text_dir, base_checkpoint=base)
     train(detector, steps=1)
     return detector.eval()
 
 
 @pytest.fixture(scope='module')
-def second(text_dir: str, base: str) -> nn.Module:  # noqa: F811
+def second(text_dir: str, base: str) -> nn.Module:
     """Another preset, another rank, and a norm trained beside it."""
     detector = build(
         text_dir, base_checkpoint=base, lora=TEXT_LORA, trainable=['memory_trans_norm']
@@ -44,7 +45,7 @@ def second(text_dir: str, base: str) -> nn.Module:  # noqa: F811
 @pytest.mark.parametrize('form', ['checkpoint', 'peft'])
 def test_adapters_are_switched_combined_and_switched_off(
     text_dir: str,
-    base: str,  # noqa: F811
+    base: str,
     first: nn.Module,
     second: nn.Module,
     tmp_path: Path,
@@ -77,7 +78,7 @@ def test_adapters_are_switched_combined_and_switched_off(
     assert trained == {name for name, p in detector.named_parameters() if p.requires_grad}
 
 
-def test_switching_off_while_training_loses_nothing(text_dir: str, base: str) -> None:  # noqa: F811
+def test_switching_off_while_training_loses_nothing(text_dir: str, base: str) -> None:
     detector = build(text_dir, base_checkpoint=base)
     for _ in range(2):
         train(detector, steps=1)
@@ -89,7 +90,7 @@ def test_switching_off_while_training_loses_nothing(text_dir: str, base: str) ->
 
 def test_what_does_not_belong_is_refused(
     text_dir: str,
-    base: str,  # noqa: F811
+    base: str,
     second: nn.Module,
     tmp_path: Path,
 ) -> None:
@@ -111,7 +112,7 @@ def test_what_does_not_belong_is_refused(
 
 def test_an_adapter_that_does_not_fit_leaves_the_detector_as_it_was(
     text_dir: str,
-    base: str,  # noqa: F811
+    base: str,
     second: nn.Module,
     tmp_path: Path,
 ) -> None:
@@ -136,7 +137,7 @@ def test_an_adapter_that_does_not_fit_leaves_the_detector_as_it_was(
 
 def test_adapters_stay_in_float32_on_a_base_in_half_the_bytes(
     text_dir: str,
-    base: str,  # noqa: F811
+    base: str,
     second: nn.Module,
     tmp_path: Path,
 ) -> None:
@@ -146,7 +147,7 @@ def test_adapters_stay_in_float32_on_a_base_in_half_the_bytes(
     assert added and all(p.dtype == torch.float32 for p in added)
 
 
-def test_the_scaling_of_rslora_survives_switching(text_dir: str, base: str) -> None:  # noqa: F811
+def test_the_scaling_of_rslora_survives_switching(text_dir: str, base: str) -> None:
     lora = dict(r=4, lora_alpha=4, use_rslora=True)
     detector = build(text_dir, base_checkpoint=base, lora=lora)
     layer = detector.decoder.layers[0].ffn.layers[1]

@@ -11,17 +11,22 @@ from torch import Tensor, nn
 from mmdet_gdino_lora import LoRAGroundingDINO
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora import PRESETS
-from tests.builders import WORDS, build, data_samples, detector_cfg, stock_cfg
+from tests.builders import (
+    WORDS,
+    build,
+    build_cfg,
+    build_stock,
+    data_samples,
+    detector_cfg,
+    stock_cfg,
+)
 
 NAMES = ['hot dog', 'dog', 'red_circle', 'small bird (left)', 'car', 'green star']
 IMAGES = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
 
-def stock_with_our_text_encoder(text_dir: str, base: str) -> nn.Module:
-    """mmdet's own detector; its text encoder alone is exchanged, since it doesn't start."""
-    cfg = stock_cfg(text_dir)
-    cfg.language_model.type = 'GroundingTextEncoder'
-    detector = build(cfg)
+def stock_on_the_base(text_dir: str, base: str) -> nn.Module:
+    detector = build_stock(text_dir)
     state = torch.load(base, weights_only=True)['state_dict']
     missing, unexpected = detector.load_state_dict(state, strict=False)
     assert not missing and not unexpected
@@ -46,9 +51,9 @@ def detections(detector: nn.Module) -> Iterator[Tensor]:
 
 @pytest.mark.parametrize('preset', PRESETS)
 def test_fresh_adapters_change_nothing(text_dir: str, base: str, preset: str) -> None:
-    stock = stock_with_our_text_encoder(text_dir, base)
-    plain = build(detector_cfg(text_dir, lora=None, base_checkpoint=base))
-    adapted = build(detector_cfg(text_dir, lora=dict(preset=preset, r=4), base_checkpoint=base))
+    stock = stock_on_the_base(text_dir, base)
+    plain = build(text_dir, lora=None, base_checkpoint=base)
+    adapted = build(text_dir, lora=dict(preset=preset, r=4), base_checkpoint=base)
     adapted.init_weights()
     for stock_result, plain_result, result in zip(
         detections(stock), detections(plain), detections(adapted)
@@ -61,7 +66,7 @@ def test_fresh_adapters_change_nothing(text_dir: str, base: str, preset: str) ->
 def test_every_trainable_parameter_gets_a_gradient_within_two_steps(
     text_dir: str, base: str, preset: str
 ) -> None:
-    detector = build(detector_cfg(text_dir, lora=dict(preset=preset, r=4), base_checkpoint=base))
+    detector = build(text_dir, lora=dict(preset=preset, r=4), base_checkpoint=base)
     detector.train()
     trained = {name: p for name, p in detector.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(trained.values(), lr=0.01)
@@ -85,7 +90,8 @@ def test_gradients_are_equal_with_checkpointing_on_and_off(
         cfg = detector_cfg(text_dir, lora=dict(preset=preset, r=4), base_checkpoint=base)
         cfg.backbone.with_cp = checkpointing
         cfg.encoder.num_cp = cfg.encoder.num_layers if checkpointing else 0
-        detector = build(cfg).train()
+        torch.manual_seed(0)
+        detector = build_cfg(cfg).train()
         for name, parameter in detector.named_parameters():
             if 'lora_B' in name:  # at its start, 0, it would keep lora_A's gradient from being seen
                 torch.nn.init.normal_(parameter, std=0.02)
@@ -108,7 +114,7 @@ def test_losses_carry_the_21_names_of_six_decoder_layers_and_the_denoising_ones(
 ) -> None:
     cfg = detector_cfg(text_dir)
     cfg.decoder.num_layers = 6
-    detector = build(cfg).train()
+    detector = build_cfg(cfg).train()
     losses = detector.loss(IMAGES, samples())
     suffixes = ['', *(f'_{layer}' for layer in range(5))]
     expected = [f'loss_{part}{s}' for part in ('ce', 'bbox', 'giou') for s in [*suffixes, '_enc']]
@@ -120,7 +126,7 @@ def test_losses_carry_the_21_names_of_six_decoder_layers_and_the_denoising_ones(
 def test_the_loss_is_finite_and_reaches_every_parameter_without_any_box(
     text_dir: str, base: str
 ) -> None:
-    detector = build(detector_cfg(text_dir, base_checkpoint=base)).train()
+    detector = build(text_dir, base_checkpoint=base).train()
     losses = detector.loss(IMAGES, samples((0, 0)))
     assert all(torch.isfinite(value) for value in losses.values())
     sum(losses.values()).backward()
@@ -128,7 +134,7 @@ def test_the_loss_is_finite_and_reaches_every_parameter_without_any_box(
 
 
 def test_denoising_can_be_switched_off(text_dir: str) -> None:
-    detector = build(detector_cfg(text_dir, dn_cfg=None)).train()
+    detector = build(text_dir, dn_cfg=None).train()
     losses = detector.loss(IMAGES, samples())
     assert not [name for name in losses if '_dn' in name] and 'loss_ce_enc' in losses
 
@@ -136,7 +142,7 @@ def test_denoising_can_be_switched_off(text_dir: str) -> None:
 def test_captions_from_the_loader_and_from_class_names_give_the_same_losses(
     text_dir: str, base: str
 ) -> None:
-    detector = build(detector_cfg(text_dir, base_checkpoint=base, dn_cfg=None)).train()
+    detector = build(text_dir, base_checkpoint=base, dn_cfg=None).train()
     prepared = samples()
     for sample in prepared:
         caption = detector.language_model.caption_tokenizer.from_names(NAMES)
@@ -149,14 +155,14 @@ def test_captions_from_the_loader_and_from_class_names_give_the_same_losses(
 def test_a_stock_config_needs_only_the_detectors_name(text_dir: str) -> None:
     cfg = stock_cfg(text_dir, lora=dict(preset='decoder', r=4))
     cfg.type = 'LoRAGroundingDINO'
-    detector = build(cfg).train()
+    detector = build_cfg(cfg).train()
     detector.init_weights()
     assert isinstance(detector, LoRAGroundingDINO)
     assert 'loss_giou_enc' in detector.loss(IMAGES, samples())
 
 
 def test_frozen_parts_stay_in_eval_mode_and_trained_parts_do_not(text_dir: str) -> None:
-    detector = build(detector_cfg(text_dir)).train()
+    detector = build(text_dir).train()
     assert not any(module.training for module in detector.backbone.modules())
     assert not any(module.training for module in detector.language_model.modules())
     assert detector.training and detector.decoder.training
@@ -164,7 +170,7 @@ def test_frozen_parts_stay_in_eval_mode_and_trained_parts_do_not(text_dir: str) 
 
 
 def test_validation_steps_return_predictions_and_then_the_losses(text_dir: str) -> None:
-    detector = build(detector_cfg(text_dir)).eval()
+    detector = build(text_dir).eval()
     *predictions, last = detector.val_step(dict(inputs=list(IMAGES), data_samples=samples()))
     assert len(predictions) == 2 and 'pred_instances' in predictions[0]
     assert sorted(last.loss) == sorted(
@@ -175,7 +181,7 @@ def test_validation_steps_return_predictions_and_then_the_losses(text_dir: str) 
 
 
 def test_free_class_names_in_a_sentence_are_detected_by_name(text_dir: str) -> None:
-    detector = build(detector_cfg(text_dir)).eval()
+    detector = build(text_dir).eval()
     prompted = samples()
     for sample in prompted:
         sample.set_metainfo(dict(text='hot dog . car .', custom_entities=True))
@@ -185,7 +191,7 @@ def test_free_class_names_in_a_sentence_are_detected_by_name(text_dir: str) -> N
 
 
 def test_captions_past_the_limit_name_the_classes(text_dir: str) -> None:
-    detector = build(detector_cfg(text_dir)).train()
+    detector = build(text_dir).train()
     names = [f'{a} {b} {c}' for a in WORDS for b in WORDS[:7] for c in WORDS[:2]]
     with pytest.raises(ConfigError, match="'hot dog blue'"):
         detector.loss(IMAGES, data_samples(names, (1, 1)))
@@ -195,4 +201,4 @@ def test_more_classes_than_denoising_labels_is_told(text_dir: str) -> None:
     cfg = detector_cfg(text_dir)
     cfg.bbox_head.num_classes = 2
     with pytest.raises(ConfigError, match='bbox_head.num_classes'):
-        build(cfg).train().loss(IMAGES, samples())
+        build_cfg(cfg).train().loss(IMAGES, samples())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmdet_gdino_lora.errors import ConfigError
-from tests.builders import WORDS, build, data_samples, detector_cfg
+from tests.builders import WORDS, build, data_samples
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -21,8 +21,8 @@ def test_frozen_weights_in_bfloat16_train_adapters_in_float32(
     text_dir: str, base: str, preset: str
 ) -> None:
     cfg = dict(lora=dict(preset=preset, r=4), base_checkpoint=base)
-    exact = build(detector_cfg(text_dir, **cfg)).train()
-    half = build(detector_cfg(text_dir, **cfg, base_dtype='bfloat16')).train()
+    exact = build(text_dir, **cfg).train()
+    half = build(text_dir, **cfg, base_dtype='bfloat16').train()
     frozen = [p for p in half.parameters() if not p.requires_grad]
     assert sum(p.nbytes for p in frozen) < 0.55 * sum(p.numel() * 4 for p in frozen)
     loss = total_loss(half)
@@ -35,7 +35,7 @@ def test_frozen_weights_in_bfloat16_train_adapters_in_float32(
 
 
 def test_prediction_and_validation_need_no_setting_of_their_own(text_dir: str, base: str) -> None:
-    detector = build(detector_cfg(text_dir, base_checkpoint=base, base_dtype='bfloat16')).eval()
+    detector = build(text_dir, base_checkpoint=base, base_dtype='bfloat16').eval()
     batch = dict(inputs=list(IMAGES), data_samples=data_samples(WORDS[:6], (3, 1)))
     with torch.no_grad():
         *_, losses = detector.val_step(batch)
@@ -47,9 +47,7 @@ def test_prediction_and_validation_need_no_setting_of_their_own(text_dir: str, b
 def test_a_step_under_autocast_is_close_to_one_without(
     text_dir: str, base: str, dtype: torch.dtype
 ) -> None:
-    detector = build(
-        detector_cfg(text_dir, lora=dict(preset='all', r=4), base_checkpoint=base)
-    ).train()
+    detector = build(text_dir, lora=dict(preset='all', r=4), base_checkpoint=base).train()
     with torch.autocast('cpu', dtype=dtype):
         mixed = total_loss(detector)
     torch.testing.assert_close(mixed, total_loss(detector), rtol=0.05, atol=0)
@@ -60,6 +58,6 @@ def test_a_step_under_autocast_is_close_to_one_without(
 
 def test_unusable_settings_are_told(text_dir: str, base: str) -> None:
     with pytest.raises(ConfigError, match="base_dtype='float8'"):
-        build(detector_cfg(text_dir, base_checkpoint=base, base_dtype='float8'))
+        build(text_dir, base_checkpoint=base, base_dtype='float8')
     with pytest.raises(ConfigError, match='base_checkpoint'):
-        build(detector_cfg(text_dir, base_dtype='bfloat16'))
+        build(text_dir, base_dtype='bfloat16')

@@ -19,8 +19,7 @@ from mmdet_gdino_lora.layers.cpu.dropout import attend
 from mmdet_gdino_lora.layers.exchange import fuse
 from mmdet_gdino_lora.layers.levels import level_tensors
 from mmdet_gdino_lora.layers.proposals import select_proposals
-
-from .builders import build, data_samples, detector_cfg
+from tests.builders import build, data_samples
 
 
 @pytest.mark.parametrize('padded_image', [False, True])
@@ -234,7 +233,7 @@ def test_frozen_backbone_keeps_nothing():
 
 @pytest.mark.parametrize('second', [(64, 64), (40, 50)])
 def test_encoder_inputs_equal_mmdet(text_dir, second):
-    detector = build(detector_cfg(text_dir, lora=None))
+    detector = build(text_dir, lora=None)
     nn.init.normal_(detector.level_embed)
     samples = data_samples(['dog'], [1, 1])
     samples[1].set_metainfo(dict(img_shape=second))

@@ -20,8 +20,7 @@ from mmdet_gdino_lora.layers.contrastive import TokenLogits
 from mmdet_gdino_lora.layers.decoder import FusedGroundingDinoDecoder
 from mmdet_gdino_lora.layers.encoder import FusedGroundingDinoEncoder
 from mmdet_gdino_lora.layers.exchange import FUSED
-
-from .builders import SMALL_ENCODER, data_samples, detector_cfg
+from tests.builders import SMALL_ENCODER, data_samples, detector_cfg
 
 STEPS = 50
 NAMES = ['red circle', 'blue circle', 'dog', 'hot dog']

@@ -18,8 +18,7 @@ from mmdet_gdino_lora.layers.decoder import FusedGroundingDinoDecoder
 from mmdet_gdino_lora.layers.encoder import FusedGroundingDinoEncoder
 from mmdet_gdino_lora.layers.exchange import fuse
 from mmdet_gdino_lora.layers.levels import host_shapes, level_tensors
-
-from .builders import SMALL_DECODER, SMALL_ENCODER
+from tests.builders import SMALL_DECODER, SMALL_ENCODER
 
 LEVELS = [torch.zeros(2, 1, *size) for size in ((6, 5), (3, 3), (2, 2), (1, 1))]
 TARGETS = r'.*(self_attn\.attn|cross_attn_text\.attn|value_proj|output_proj|ffn\.layers\.(0\.0|1))'

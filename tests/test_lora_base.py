@@ -5,43 +5,31 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from mmdet.registry import MODELS
 from mmengine.logging import HistoryBuffer
 from safetensors.torch import save_file
 from torch import nn
 
-import mmdet_gdino_lora.text.encoder  # noqa: F401
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora import inject, load_base, lora_state
 from mmdet_gdino_lora.lora.store.base import fingerprint
 from mmdet_gdino_lora.lora.tensors import plain_tensors
-from tests.builders import fill_level_embedding, stock_cfg
+from tests.builders import build_stock, stock_cfg
 
 LABEL = 'dn_query_generator.label_embedding.weight'
 
 
-def plain_detector(text_dir: str, **overrides: Any) -> nn.Module:
-    cfg = stock_cfg(text_dir, **overrides)
-    cfg['language_model']['type'] = 'GroundingTextEncoder'
-    detector = MODELS.build(cfg)
-    fill_level_embedding(detector)
-    return detector
-
-
 @pytest.fixture(scope='module')
 def trained(text_dir: str) -> nn.Module:
-    torch.manual_seed(1)
-    return plain_detector(text_dir)
+    return build_stock(text_dir)
 
 
 @pytest.fixture
 def detector(text_dir: str) -> nn.Module:
-    torch.manual_seed(2)
-    return plain_detector(text_dir)
+    torch.manual_seed(2)  # other weights than the trained
+    return build_stock(text_dir)
 
 
 def _weights(detector: nn.Module) -> dict:
@@ -107,7 +95,7 @@ class _Payload:
         return os.system, ('touch owned',)
 
 
-def _refusal(detector: nn.Module, source: Any) -> str:
+def _refusal(detector: nn.Module, source: Path | str) -> str:
     before = _weights(detector)
     with pytest.raises(ConfigError) as error:
         load_base(detector, str(source))
@@ -160,11 +148,11 @@ def test_another_architecture_is_refused_with_the_names_that_differ(
     cfg = stock_cfg(text_dir)
     backbone = {**cfg['backbone'], 'embed_dims': 24, 'num_heads': [1, 2, 4, 8]}
     neck = {**cfg['neck'], 'in_channels': [48, 96, 192]}
-    message = _refusal(plain_detector(text_dir, backbone=backbone, neck=neck), path)
+    message = _refusal(build_stock(text_dir, backbone=backbone, neck=neck), path)
     assert 'another shape' in message and 'backbone.patch_embed.projection.weight' in message
     deeper = {**cfg['encoder'], 'num_layers': 3}
-    message = _refusal(plain_detector(text_dir, encoder=deeper), path)
+    message = _refusal(build_stock(text_dir, encoder=deeper), path)
     assert 'are not in the file (encoder.layers.2' in message
     shallower = {**cfg['encoder'], 'num_layers': 1}
-    message = _refusal(plain_detector(text_dir, encoder=shallower), path)
+    message = _refusal(build_stock(text_dir, encoder=shallower), path)
     assert 'are not in the model (encoder.layers.1' in message

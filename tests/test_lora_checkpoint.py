@@ -4,100 +4,25 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from mmdet.registry import MODELS
 from mmengine.logging import MessageHub
-from mmengine.runner.checkpoint import load_checkpoint, weights_to_cpu
-from torch import Tensor, nn
+from mmengine.runner.checkpoint import load_checkpoint
+from torch import nn
 
-import mmdet_gdino_lora  # noqa: F401
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora import lora_state
-from tests.builders import WORDS, data_samples, detector_cfg, fill_level_embedding
+from tests.builders import build, detector_cfg
+from tests.detectors import detections, same, save, train
 
 LABEL = 'dn_query_generator.label_embedding.weight'
-
-
-def build(text_dir: str, **overrides: Any) -> nn.Module:
-    cfg = detector_cfg(text_dir)
-    for key, value in overrides.items():
-        cfg[key] = value
-    detector = MODELS.build(cfg)
-    if not cfg.get('base_checkpoint'):
-        fill_level_embedding(detector)
-    return detector
-
-
-@pytest.fixture(scope='module')
-def base(text_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A base with random weights, as mmdet would write it."""
-    torch.manual_seed(0)
-    detector = build(text_dir, lora=None)
-    detector.init_weights()
-    with torch.no_grad():
-        for parameter in detector.parameters():  # nothing at its tell-tale initial value
-            parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    path = str(tmp_path_factory.mktemp('base') / 'base.pth')
-    torch.save(dict(meta={}, state_dict=detector.state_dict()), path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def _no_run() -> Iterator[None]:
-    hub = MessageHub.get_current_instance()
-    yield
-    hub.runtime_info.pop('cfg', None)
 
 
 def in_a_run_with_load_from(path: str) -> None:
     """What mmengine's RuntimeInfoHook leaves behind in a run with this config."""
     MessageHub.get_current_instance().update_info('cfg', f'load_from = {path!r}\n')
-
-
-def train(detector: nn.Module, steps: int = 2) -> dict[str, bool]:
-    """Takes optimisation steps.
-
-    Returns:
-        For every trained parameter whether it has had a non-zero gradient.
-    """
-    detector.train()
-    trained = {n: p for n, p in detector.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.SGD(trained.values(), lr=1e-2)
-    seen = dict.fromkeys(trained, False)
-    for step in range(steps):
-        torch.manual_seed(step)
-        samples = data_samples(WORDS[:4], [3, 2], size=48, seed=step)
-        losses = detector.loss(torch.randn(2, 3, 48, 48), samples)
-        optimizer.zero_grad()
-        sum(value for name, value in losses.items() if 'loss' in name).backward()
-        for name, parameter in trained.items():
-            seen[name] |= parameter.grad is not None and bool(parameter.grad.any())
-        nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        optimizer.step()
-    return seen
-
-
-@torch.no_grad()
-def detections(detector: nn.Module) -> tuple[Tensor, Tensor]:
-    detector.eval()
-    torch.manual_seed(7)
-    results = detector.predict(torch.randn(2, 3, 48, 48), data_samples(WORDS[:4], [1, 1], size=48))
-    instances = [result.pred_instances for result in results]
-    return torch.cat([i.bboxes for i in instances]), torch.cat([i.scores for i in instances])
-
-
-def same(one: tuple, other: tuple) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other))
-
-
-def save(detector: nn.Module, path: Path) -> str:
-    torch.save(dict(meta={}, state_dict=weights_to_cpu(detector.state_dict())), path)
-    return str(path)
 
 
 def loaded(detector: nn.Module, path: str, caplog: pytest.LogCaptureFixture) -> nn.Module:

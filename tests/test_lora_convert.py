@@ -9,7 +9,6 @@ from typing import Any
 import mmdet
 import pytest
 import torch
-from mmdet.registry import MODELS
 from torch import Tensor, nn
 from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection, SwinConfig
 from transformers.models.grounding_dino import modeling_grounding_dino
@@ -21,14 +20,14 @@ from mmdet_gdino_lora.lora.store.convert import OFFICIAL, from_mmdet, release_of
 from mmdet_gdino_lora.lora.store.merge import merged_weights
 from mmdet_gdino_lora.lora.store.transformers_format import write_transformers
 from mmdet_gdino_lora.lora.tensors import plain_tensors
-from tests.builders import WORDS, data_samples, detector_cfg
+from tests.builders import WORDS, build_cfg, data_samples, detector_cfg
 
 NAMES = ['red star', 'dog', 'hot dog']
 PLAIN = dict(max_text_len=256)
 SCALED = dict(max_text_len=256, log_scale='auto', bias=True)
 
 
-def build(text_dir: str, contrastive: dict, **overrides: Any) -> nn.Module:
+def convertible(text_dir: str, contrastive: dict, **overrides: Any) -> nn.Module:
     """A detector whose encoder has the proportions that transformers takes for granted."""
     cfg = detector_cfg(text_dir)
     cfg['bbox_head']['contrastive_cfg'] = contrastive
@@ -36,8 +35,7 @@ def build(text_dir: str, contrastive: dict, **overrides: Any) -> nn.Module:
     cfg['encoder']['fusion_layer_cfg']['embed_dim'] = 32
     for key, value in overrides.items():
         cfg[key] = value
-    torch.manual_seed(0)
-    detector = MODELS.build(cfg)
+    detector = build_cfg(cfg)
     detector.init_weights()
     return detector.eval()
 
@@ -94,7 +92,7 @@ def assert_same_outputs(model: nn.Module, detector: nn.Module) -> None:
 def test_transformers_own_model_serves_as_base_with_equal_outputs(
     text_dir: str, special_tokens: None, tmp_path: Path, share: bool
 ) -> None:
-    like = build(text_dir, PLAIN, lora=None)
+    like = convertible(text_dir, PLAIN, lora=None)
     text_config = like.language_model.language_backbone.body.model.config.to_dict()
     config = GroundingDinoConfig(
         backbone_config=SwinConfig(
@@ -114,23 +112,23 @@ def test_transformers_own_model_serves_as_base_with_equal_outputs(
     )
     model = stir(GroundingDinoForObjectDetection(config))
     model.save_pretrained(tmp_path)
-    detector = build(text_dir, PLAIN, base_checkpoint=str(tmp_path))
+    detector = convertible(text_dir, PLAIN, base_checkpoint=str(tmp_path))
     assert_same_outputs(model, detector)
     with pytest.raises(ConfigError, match=r'contrastive_cfg=.*256'):
-        build(text_dir, SCALED, base_checkpoint=str(tmp_path))
+        convertible(text_dir, SCALED, base_checkpoint=str(tmp_path))
 
 
 @pytest.mark.parametrize('contrastive', [PLAIN, SCALED], ids=['plain', 'scaled'])
 def test_a_merged_detector_goes_to_transformers_and_comes_back(
     text_dir: str, special_tokens: None, tmp_path: Path, contrastive: dict
 ) -> None:
-    detector = stir(build(text_dir, contrastive, lora=dict(preset='decoder', r=2)))
+    detector = stir(convertible(text_dir, contrastive, lora=dict(preset='decoder', r=2)))
     weights = merged_weights(detector)
     name = write_transformers(str(tmp_path), detector, weights)
     modeling = modeling_mm_grounding_dino if name.startswith('MM') else modeling_grounding_dino
     assert name.startswith('MM') == (contrastive is SCALED)
     assert_same_outputs(getattr(modeling, name).from_pretrained(tmp_path).eval(), detector)
-    again = build(text_dir, contrastive, base_checkpoint=str(tmp_path))
+    again = convertible(text_dir, contrastive, base_checkpoint=str(tmp_path))
     own = plain_tensors(again)
     assert all(torch.equal(own[n], w) for n, w in weights.items() if 'dn_query' not in n)
 
@@ -139,11 +137,11 @@ def test_what_transformers_cannot_express_is_refused(
     text_dir: str, special_tokens: None, tmp_path: Path
 ) -> None:
     fixed = dict(max_text_len=256, log_scale=0.5)
-    detector = build(text_dir, fixed, lora=None)
+    detector = convertible(text_dir, fixed, lora=None)
     with pytest.raises(ConfigError, match='log_scale'):
         write_transformers(str(tmp_path), detector, {})
     wide = detector_cfg(text_dir)['encoder']
-    detector = build(text_dir, PLAIN, lora=None, encoder=wide)
+    detector = convertible(text_dir, PLAIN, lora=None, encoder=wide)
     with pytest.raises(ConfigError, match='text layer ffn is 64'):
         write_transformers(str(tmp_path), detector, {})
     assert not list(tmp_path.iterdir())
@@ -152,7 +150,7 @@ def test_what_transformers_cannot_express_is_refused(
 def test_the_official_names_are_those_that_mmdets_converter_reads(
     text_dir: str, tmp_path: Path
 ) -> None:
-    detector = stir(build(text_dir, PLAIN, lora=None))
+    detector = stir(convertible(text_dir, PLAIN, lora=None))
     own = plain_tensors(detector)
     official = from_mmdet(own, OFFICIAL)
     assert release_of(official) == OFFICIAL
@@ -171,7 +169,7 @@ def test_the_official_names_are_those_that_mmdets_converter_reads(
         assert all(torch.equal(theirs[name], back[name]) for name in back)
 
     torch.save(dict(model={f'module.{n}': w for n, w in official.items()}), tmp_path / 'base.pth')
-    tuned = build(text_dir, PLAIN, base_checkpoint=str(tmp_path / 'base.pth'))
+    tuned = convertible(text_dir, PLAIN, base_checkpoint=str(tmp_path / 'base.pth'))
     assert tuned.lora_state.base.absent == {'dn_query_generator.label_embedding.weight'}
     assert len(WORDS) == tuned.dn_query_generator.label_embedding.weight.shape[0]
     loaded = plain_tensors(tuned)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Any
 
 import pytest
 import torch
-from mmdet.registry import MODELS
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-import mmdet_gdino_lora.text.encoder  # noqa: F401
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora import GROUPS, PRESETS, describe, inject, lora_state, set_frozen_eval
 from mmdet_gdino_lora.lora.inject.presets import (
@@ -22,22 +19,12 @@ from mmdet_gdino_lora.lora.inject.presets import (
     parse_preset,
 )
 from mmdet_gdino_lora.lora.state import Base
-from tests.builders import fill_level_embedding, stock_cfg
-
-
-def plain_detector(text_dir: str, **overrides: Any) -> nn.Module:
-    """mmdet's detector, with this project's text encoder (mmdet's own doesn't start here)."""
-    cfg = stock_cfg(text_dir, **overrides)
-    cfg['language_model']['type'] = 'GroundingTextEncoder'
-    detector = MODELS.build(cfg)
-    fill_level_embedding(detector)
-    return detector
+from tests.builders import build_stock, stock_cfg
 
 
 @pytest.fixture(scope='module')
 def _detector(text_dir: str) -> nn.Module:
-    torch.manual_seed(0)
-    return plain_detector(text_dir)
+    return build_stock(text_dir)
 
 
 @pytest.fixture
@@ -76,7 +63,7 @@ def test_backbone_stages_that_reach_no_loss_get_no_adapters(text_dir: str) -> No
     cfg = stock_cfg(text_dir)
     backbone = {**cfg['backbone'], 'out_indices': (0, 1, 2)}
     neck = {**cfg['neck'], 'in_channels': [12, 24, 48]}
-    detector = plain_detector(text_dir, backbone=backbone, neck=neck)
+    detector = build_stock(text_dir, backbone=backbone, neck=neck)
     targets = inject(detector, dict(preset='backbone')).targets
     assert 'backbone.stages.1.downsample.reduction' in targets
     assert 'backbone.stages.2.blocks.0.attn.w_msa.qkv' in targets
@@ -90,7 +77,7 @@ def test_resnet_is_a_backbone_too_and_its_frozen_stages_are_left_alone(text_dir:
         type='ResNet', depth=18, out_indices=(1, 2, 3), frozen_stages=1, base_channels=8
     )
     neck = {**stock_cfg(text_dir)['neck'], 'in_channels': [16, 32, 64]}
-    detector = plain_detector(text_dir, backbone=backbone, neck=neck)
+    detector = build_stock(text_dir, backbone=backbone, neck=neck)
     targets = inject(copy.deepcopy(detector), dict(preset='backbone')).targets
     assert 'backbone.layer2.0.conv1' in targets and 'backbone.layer4.1.conv2' in targets
     assert not any(name.startswith(('backbone.layer1', 'backbone.conv1')) for name in targets)

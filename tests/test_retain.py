@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,18 +16,11 @@ from mmdet_gdino_lora import retain
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.retain import Outputs, Retention, distance
 from mmdet_gdino_lora.text import CaptionTokenizer
-from tests.builders import WORDS, data_samples
-from tests.test_lora_checkpoint import build, train
+from tests.builders import WORDS, build, data_samples
+from tests.detectors import train
 
 OLD = ['dog', 'hot dog', 'small bird']
 RETAIN = dict(names=OLD)
-
-
-@pytest.fixture(autouse=True)
-def _no_run() -> Iterator[None]:
-    hub = MessageHub.get_current_instance()
-    yield
-    hub.runtime_info.pop('iter', None)
 
 
 def step(detector: nn.Module, seed: int = 7) -> dict[str, Tensor]:
@@ -45,7 +37,6 @@ def retained(losses: dict[str, Tensor]) -> Tensor:
 @pytest.fixture(scope='module')
 def forgetful(text_dir: str, base: str) -> dict[str, Tensor]:
     """Weights after two steps without retention."""
-    torch.manual_seed(0)
     detector = build(text_dir, base_checkpoint=base)
     train(detector, steps=2)
     return detector.state_dict()

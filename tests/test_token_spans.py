@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.transforms import PackDetInputs
 from mmdet.models.detectors.glip import create_positive_map
-from mmdet.registry import MODELS, TRANSFORMS
+from mmdet.registry import TRANSFORMS
 
 from mmdet_gdino_lora.datasets import TokenSpans
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.text import build_caption
-from tests.builders import data_samples, fill_level_embedding, stock_cfg
+from tests.builders import build_stock, data_samples
 
 COCO = CocoDataset.METAINFO['classes']
 KEYS = ('text', 'tokens_positive', 'caption_tokens')
@@ -206,10 +206,7 @@ def test_it_travels_through_mmdets_packing_and_to_workers(text_dir):
 
 
 def test_stock_grounding_dino_trains_and_predicts_the_same_from_it(text_dir):
-    cfg = stock_cfg(text_dir)
-    cfg.language_model.type = 'GroundingTextEncoder'
-    torch.manual_seed(0)
-    model = MODELS.build(cfg)
+    model = build_stock(text_dir)
     model.init_weights()
     plain, spans = (data_samples(['dog', 'hot dog', 'car'], [2, 3]) for _ in range(2))
     transform = build(text_dir)
@@ -233,10 +230,7 @@ def test_stock_grounding_dino_trains_and_predicts_the_same_from_it(text_dir):
 
 
 def test_stock_grounding_dino_trains_from_sampled_captions(text_dir):
-    cfg = stock_cfg(text_dir)
-    cfg.language_model.type = 'GroundingTextEncoder'
-    model = MODELS.build(cfg)
-    fill_level_embedding(model)
+    model = build_stock(text_dir)
     samples = data_samples(['dog', 'hot dog', 'car', 'cat', 'bird'], [2, 3])
     transform = build(text_dir, num_negatives=1)
     for sample in samples:

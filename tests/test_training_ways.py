@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from mmdet_gdino_lora import CompileHook
 from mmdet_gdino_lora.engine.preflight import check_config
 from mmdet_gdino_lora.errors import ConfigError
-from tests.builders import WORDS, build, data_samples, detector_cfg
+from tests.builders import WORDS, build, data_samples
 from tests.run_small import run
 
 
 def detector(text_dir: str, base: str, **overrides) -> nn.Module:
-    torch.manual_seed(0)
-    cfg = detector_cfg(text_dir, base_checkpoint=base, dn_cfg=None, **overrides)
-    return build(cfg).train()
+    return build(text_dir, base_checkpoint=base, dn_cfg=None, **overrides).train()
 
 
 def batch(seed: int) -> dict:
