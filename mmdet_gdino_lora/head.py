@@ -6,15 +6,57 @@ the criterion's plain tensors. Nothing is computed here that either side can com
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from mmdet.models.dense_heads import GroundingDINOHead
 from mmdet.registry import MODELS
 from mmdet.structures import SampleList
 from mmdet.structures.bbox import bbox_xyxy_to_cxcywh
 from mmdet.utils import InstanceList
+from mmengine.logging import print_log
 from torch import Tensor
+
+from mmdet_gdino_lora.objective import GroundingDINOCriterion
+from mmdet_gdino_lora.objective.host import to_device
+
+LOSSES = dict(
+    loss_cls=('FocalLoss', dict(loss_weight='ce_weight', alpha='focal_alpha', gamma='focal_gamma')),
+    loss_bbox=('L1Loss', dict(loss_weight='bbox_weight')),
+    loss_iou=('GIoULoss', dict(loss_weight='giou_weight')),
+)
+"""mmdet's losses in the head's config, their types, and what the criterion calls their keys."""
+
+MMDET_DEFAULTS = dict(loss_weight=1.0, alpha=0.25, gamma=2.0)
+"""What mmdet's losses take where a config says nothing."""
+
+
+def criterion_settings(head: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
+    """What the criterion takes from the losses in a config of mmdet's head.
+
+    Args:
+        head: Config of the head.
+
+    Returns:
+        Arguments of ``GroundingDINOCriterion``, and the settings that mean nothing to it.
+    """
+    taken: dict[str, float] = {}
+    left: list[str] = []
+    for loss, (kind, keys) in LOSSES.items():
+        config = dict(head.get(loss) or {})
+        if not config:
+            continue
+        given = config.pop('type', kind)
+        if getattr(given, '__name__', str(given)).split('.')[-1] != kind:
+            left.append(f'{loss}.type={given!r}')
+            continue
+        config.pop('use_sigmoid', None)
+        taken.update({ours: config.pop(key, MMDET_DEFAULTS[key]) for key, ours in keys.items()})
+        left += [f'{loss}.{key}={value!r}' for key, value in config.items()]
+    return taken, left
 
 
 @MODELS.register_module()
@@ -25,22 +67,35 @@ class GroundingDINOCriterionHead(GroundingDINOHead):
     interchangeable. It also stands inside a stock ``GroundingDINO`` detector.
 
     Args:
-        criterion: Config of the criterion. ``num_classes``, ``num_decoder_layers`` and
-            ``match_costs`` are filled in from the head and from ``train_cfg.assigner`` where the
-            config does not give them.
-        **kwargs: As for mmdet's ``GroundingDINOHead``; its ``loss_*`` are not used.
+        criterion: Config of the criterion. ``num_classes``, ``num_decoder_layers``,
+            ``match_costs`` and the losses' weights and focal constants are filled in from the
+            head, its ``train_cfg.assigner`` and its losses where this config does not give them.
+        **kwargs: As for mmdet's ``GroundingDINOHead``. Of its ``loss_cls`` (a ``FocalLoss``),
+            ``loss_bbox`` (``L1Loss``) and ``loss_iou`` (``GIoULoss``) the weights, ``alpha`` and
+            ``gamma`` are taken; what of them is not is told in the log.
     """
 
     def __init__(self, criterion: Optional[dict] = None, **kwargs: Any) -> None:
+        taken, left = criterion_settings(kwargs)
         # mmdet derives the number of class channels from this loss; nothing else reads it.
         kwargs['loss_cls'] = dict(type='FocalLoss', use_sigmoid=True)
         super().__init__(**kwargs)
-        criterion = dict(criterion or dict(type='GroundingDINOCriterion'))
+        criterion = dict(criterion or {})
+        kind = criterion.setdefault('type', 'GroundingDINOCriterion')
+        if issubclass(MODELS.get(kind) if isinstance(kind, str) else kind, GroundingDINOCriterion):
+            criterion = {**taken, **criterion}
         criterion.setdefault('num_classes', self.num_classes)
         criterion.setdefault('num_decoder_layers', self.num_pred_layer - int(self.as_two_stage))
         if self.train_cfg:
             criterion.setdefault('match_costs', self.assigner.match_costs)
         self.criterion = MODELS.build(criterion)
+        if left:
+            print_log(
+                f'{type(self).__name__}: of the config, {", ".join(left)} is not used; the '
+                'objective is set in bbox_head.criterion',
+                logger='current',
+                level=logging.WARNING,
+            )
 
     def loss(
         self,
@@ -72,30 +127,36 @@ class GroundingDINOCriterionHead(GroundingDINOHead):
             The criterion's components times their weights, so that their sum is the loss.
         """
         logits, boxes = self(hidden_states, references, memory_text, text_token_mask)
-        outputs: dict[str, Any] = dict(text_token_mask=text_token_mask)
         num_dn = dn_meta['num_denoising_queries'] if dn_meta else 0
         # split and unbind once: each slice of a stack would get a zero gradient of the whole's size
         sizes = [num_dn, logits.shape[2] - num_dn]
         dn_logits, logits = logits.split(sizes, dim=2)
         dn_boxes, boxes = boxes.split(sizes, dim=2)
+        # In one tensor for our criterion, layer by layer for one of the user's own.
+        *earlier, last = [
+            dict(pred_logits=layer_logits, pred_boxes=layer_boxes)
+            for layer_logits, layer_boxes in zip(logits.unbind(), boxes.unbind())
+        ]
+        outputs: dict[str, Any] = dict(
+            last,
+            aux_outputs=earlier,
+            decoder_outputs=dict(pred_logits=logits, pred_boxes=boxes),
+            text_token_mask=text_token_mask,
+        )
         if num_dn:
             outputs['dn_outputs'] = dict(
                 pred_logits=dn_logits,
                 pred_boxes=dn_boxes,
                 num_groups=dn_meta['num_denoising_groups'],
             )
-        *earlier, last = [
-            dict(pred_logits=layer_logits, pred_boxes=layer_boxes)
-            for layer_logits, layer_boxes in zip(logits.unbind(), boxes.unbind())
-        ]
-        outputs.update(last, aux_outputs=earlier)
         if enc_outputs_class is not None:
             outputs['enc_outputs'] = dict(
                 pred_logits=enc_outputs_class, pred_boxes=enc_outputs_coord
             )
         components = self.criterion(outputs, self.targets(batch_data_samples))
-        weights = self.criterion.weight_dict
-        return {name: value * weights[name] for name, value in components.items()}
+        weights = np.array([self.criterion.weight_dict[name] for name in components], np.float32)
+        values = torch.stack(list(components.values()))
+        return dict(zip(components, (values * to_device(weights, values.device)).unbind()))
 
     @staticmethod
     def targets(batch_data_samples: SampleList) -> list[dict[str, Any]]:

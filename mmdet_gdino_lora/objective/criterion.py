@@ -164,21 +164,8 @@ class GroundingDINOCriterion(nn.Module):
             groups = self._groups(outputs, targets)
             grads = [self._background(group) for group in groups]  # doesn't wait for the matching
             matches, num_boxes = match(groups, targets, self.matcher)
-            values = torch.stack(
-                (
-                    self._class_losses(groups, matches, grads),
-                    *box_losses(groups, matches, targets),
-                )
-            ) / divisors(num_boxes, groups, targets.boxes.device)
-        names = [suffix for group in groups for suffix in group.suffixes]
-        components = zip(names, *(part.unbind() for part in values))
-        losses = {suffix: dict(zip(COMPONENTS, parts)) for suffix, *parts in components}
-        return {
-            f'loss_{name}{suffix}': losses[suffix][name]
-            for group in groups
-            for suffix in (group.suffixes[-1], *group.suffixes[:-1])
-            for name in COMPONENTS
-        }
+            sums = self._losses(groups, matches, grads, targets)
+            return _named(groups, sums / divisors(num_boxes, groups, sums.device))
 
     def _groups(self, outputs: Mapping[str, Any], targets: Targets) -> list[Group]:
         """Sort the predictions by how they get their targets."""
@@ -213,6 +200,17 @@ class GroundingDINOCriterion(nn.Module):
             f'for them; to have them, {" and ".join(how)} (in training mode)',
             stacklevel=4,
         )
+
+    def _losses(
+        self,
+        groups: list[Group],
+        matches: list[Matches],
+        grads: list[Tensor | None],
+        targets: Targets,
+    ) -> Tensor:
+        """The three components, summed over a layer's queries or pairs: [3, S]."""
+        ce = self._class_losses(groups, matches, grads)
+        return torch.cat((ce[None], box_losses(groups, matches, targets)))
 
     def _background(self, group: Group) -> Tensor | None:
         """The dense part of the class loss, kept by the group; returns its gradient, if wanted."""
@@ -278,10 +276,8 @@ def build_criterion(
     return GroundingDINOCriterion(num_classes, num_decoder_layers, focal_alpha, focal_gamma)
 
 
-def box_losses(
-    groups: Sequence[Group], matches: Sequence[Matches], targets: Targets
-) -> tuple[Tensor, Tensor]:
-    """Summed L1 [S] and 1 - GIoU [S] of the matched pairs of every layer (DETR, eqs. 9, 10).
+def box_losses(groups: Sequence[Group], matches: Sequence[Matches], targets: Targets) -> Tensor:
+    """Summed L1 and 1 - GIoU of the matched pairs of every layer, [2, S] (DETR, eqs. 9, 10).
 
     Without pairs they are zero, yet part of the graph: in distributed training every parameter
     needs its gradient on every rank.
@@ -299,7 +295,7 @@ def box_losses(
     l1, giou = l1_and_giou(predicted.t(), wanted.t())
     losses = torch.stack((l1, 1 - giou)).split([found.query.numel() for found in matches], dim=1)
     sums = [part.view(2, *found.query.shape).sum(-1) for part, found in zip(losses, matches)]
-    return torch.cat(sums, dim=1).unbind()
+    return torch.cat(sums, dim=1)
 
 
 def layer_sums(values: Tensor, counts: Sequence[int]) -> Tensor:
@@ -325,3 +321,15 @@ def divisors(num_boxes: int, groups: Sequence[Group], device: torch.device) -> T
         torch.distributed.all_reduce(counts)
         counts = counts / torch.distributed.get_world_size()
     return counts.clamp(min=1)
+
+
+def _named(groups: Sequence[Group], values: Tensor) -> dict[str, Tensor]:
+    """Values [3, S] under their components' names; of each group the last layer comes first."""
+    suffixes = [suffix for group in groups for suffix in group.suffixes]
+    ce, bbox, giou = (dict(zip(suffixes, component.unbind())) for component in values.unbind())
+    return {
+        f'loss_{name}{suffix}': component[suffix]
+        for group in groups
+        for suffix in (group.suffixes[-1], *group.suffixes[:-1])
+        for name, component in zip(COMPONENTS, (ce, bbox, giou))
+    }
