@@ -1,4 +1,4 @@
-"""Multi-head attention without attention weights, also under PEFT's adapters."""
+"""Multi-head attention keeps no attention weights here, also under PEFT's adapters."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mmdet_gdino_lora.peft_layers.adapter import active_adapters, is_plain_lora
 from mmdet_gdino_lora.peft_layers.out_proj import peft_out_proj_factor
 
 
-class FusedMultiheadAttention(MultiheadAttention):
-    """mmcv's ``MultiheadAttention`` on ``scaled_dot_product_attention``.
+class LeanMultiheadAttention(MultiheadAttention):
+    """This is mmcv's ``MultiheadAttention`` on ``scaled_dot_product_attention``.
 
-    Same arguments, parameters, names and results. mmcv asks torch for attention weights, averages
-    them and throws them away, which keeps [batch * heads, queries, keys] numbers for the backward
-    pass. Here nothing of that size is kept, the batch stays the first dimension, and inputs that
-    are the same tensor are projected together.
+    Arguments, parameters, names and results are the same. mmcv asks torch for attention weights,
+    averages them and throws them away, which keeps [batch * heads, queries, keys] numbers for the
+    backward pass. Here nothing of that size is kept, the batch stays the first dimension, and
+    inputs that are the same tensor are projected together.
 
     ``self.attn`` holds the parameters: ``nn.MultiheadAttention``, or PEFT's container around it.
     PEFT's own forward merges the adapters into the base's weights and takes them out again, for

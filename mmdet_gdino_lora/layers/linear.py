@@ -1,4 +1,4 @@
-"""A linear layer and its LoRA adapters, computed as one matrix product."""
+"""A linear layer and its LoRA adapters are computed as one matrix product where that is exact."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def adapted_linear(
     return out
 
 
-class FoldedLoraLinear(LoraLinear):
-    """PEFT's ``lora.Linear``; a plain adapter on a plain layer is folded, see `adapted_linear`.
+class LeanLoraLinear(LoraLinear):
+    """This is PEFT's ``lora.Linear`` with a plain adapter computed by `adapted_linear`.
 
-    Everything else (DoRA and other variants, mixed batches, adapters with bias) is PEFT's.
+    Everything else (DoRA and other variants, mixed batches, adapters with bias) is left to PEFT.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
