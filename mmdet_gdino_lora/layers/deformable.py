@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 
+import torch
 from mmcv.ops import MultiScaleDeformableAttention, get_compiling_cuda_version
 from mmcv.ops.multi_scale_deform_attn import (
     MultiScaleDeformableAttnFunction,
@@ -127,17 +128,32 @@ def _sample_on_cpu(
 def _sample_with_kernel(
     value: Tensor, spatial_shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor
 ) -> Tensor:
-    return MultiScaleDeformableAttnFunction.apply(
-        value, spatial_shapes, starts, locations, weights, 64
+    numbers = _exact(value, locations, weights)
+    # The kernel's step, how many images it takes at a time, has to divide the batch.
+    step = len(value)
+    out = MultiScaleDeformableAttnFunction.apply(
+        numbers[0], spatial_shapes, starts, *numbers[1:], step
     )
+    return out.to(value.dtype)
 
 
 def _sample_as_defined(
     value: Tensor, spatial_shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor
 ) -> Tensor:
-    return multi_scale_deformable_attn_pytorch(
-        value, host_shapes(spatial_shapes), locations, weights
-    )
+    numbers = _exact(value, locations, weights)
+    out = multi_scale_deformable_attn_pytorch(numbers[0], host_shapes(spatial_shapes), *numbers[1:])
+    return out.to(value.dtype)
+
+
+def _exact(value: Tensor, locations: Tensor, weights: Tensor) -> list[Tensor]:
+    """Features, locations and weights in float32 (float64 where the features are), contiguous.
+
+    mmcv has no kernel for bfloat16. Its kernel for float16 would have the locations rounded to
+    float16 as well, to a tenth of a cell on a wide level, and adds up the features' gradient in
+    float16. The locations come in float32 under autocast: only the features are copied.
+    """
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    return [tensor.to(dtype).contiguous() for tensor in (value, locations, weights)]
 
 
 @lru_cache(maxsize=1)
