@@ -1,4 +1,4 @@
-"""Denoising queries without waiting for the device.
+"""Denoising queries are made without waiting for the device.
 
 mmdet's generator asks the device for the number of boxes of every image, searches for the labels
 to replace, and masks group by group; each of these makes the host wait. The numbers are known on
@@ -14,9 +14,11 @@ from mmdet.structures import SampleList
 from mmdet.structures.bbox import bbox_xyxy_to_cxcywh
 from torch import Tensor
 
+from mmdet_gdino_lora.transfer import to_device
+
 
 class DenoisingQueryGenerator(CdnQueryGenerator):
-    """Contrastive denoising queries (DINO, section 3.3), laid out as mmdet's.
+    """This generator makes contrastive denoising queries (DINO, section 3.3), laid out as mmdet's.
 
     Boxes and masks equal mmdet's; replaced labels are drawn from the same distribution.
     """
@@ -35,30 +37,26 @@ class DenoisingQueryGenerator(CdnQueryGenerator):
             times the largest number of boxes: in each group the positives of an image, padded,
             then its negatives.
         """
-        boxes, labels, counts = [], [], []
-        for sample in batch_data_samples:
-            height, width = sample.img_shape[:2]
-            absolute = sample.gt_instances.bboxes
-            scale = torch.tensor([width, height, width, height], dtype=absolute.dtype)
-            boxes.append(absolute / scale.to(absolute.device, non_blocking=True))
-            labels.append(sample.gt_instances.labels)
-            counts.append(len(absolute))
+        labels = torch.cat([sample.gt_instances.labels for sample in batch_data_samples])
+        boxes = torch.cat([sample.gt_instances.bboxes for sample in batch_data_samples])
+        counts = [len(sample.gt_instances.labels) for sample in batch_data_samples]
+        sizes = np.array([sample.img_shape[:2] for sample in batch_data_samples])[:, [1, 0, 1, 0]]
+        sizes = torch.from_numpy(np.repeat(sizes, counts, axis=0)).to(boxes.dtype)
+        boxes = boxes / to_device(sizes, boxes.device)
         widest = max(counts)
         num_groups = self.get_num_groups(widest)
-        contents = self.generate_dn_label_query(torch.cat(labels), num_groups)
-        references = self.generate_dn_bbox_query(torch.cat(boxes), num_groups)
+        contents = self.generate_dn_label_query(labels, num_groups)
+        references = self.generate_dn_bbox_query(boxes, num_groups)
 
         copies = 2 * num_groups
-        device = contents.device
         images = np.repeat(np.arange(len(counts)), counts)
         places = np.concatenate([np.arange(count) for count in counts])
-        rows = torch.from_numpy(np.tile(images, copies)).to(device, non_blocking=True)
         columns = np.tile(places, copies) + np.repeat(np.arange(copies) * widest, len(places))
-        index = (rows, torch.from_numpy(columns).to(device, non_blocking=True))
+        index = to_device(np.stack([np.tile(images, copies), columns]), contents.device).unbind()
         shape = (len(counts), copies * widest)
         queries = contents.new_zeros(*shape, self.embed_dims).index_put(index, contents)
         reference_points = references.new_zeros(*shape, 4).index_put(index, references)
-        mask = self.generate_dn_mask(widest, num_groups, device)
+        mask = self.generate_dn_mask(widest, num_groups, contents.device)
         meta = dict(num_denoising_queries=copies * widest, num_denoising_groups=num_groups)
         return queries, reference_points, mask, meta
 

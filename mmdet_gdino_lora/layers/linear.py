@@ -35,9 +35,11 @@ def adapted_linear(
     """
     if not adapters:
         return F.linear(x, weight, bias)
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     folds = (
         x.dtype == weight.dtype == torch.float32
-        and not torch.is_autocast_enabled(x.device.type)
+        and not autocast
         and not any(adapter.drops for adapter in adapters)
         and all(adapter.a.dtype == torch.float32 for adapter in adapters)
     )
@@ -49,9 +51,13 @@ def adapted_linear(
             b = torch.cat([adapter.b * adapter.scaling for adapter in adapters], dim=1)
             scaling = 1.0
         return _FoldedLinear.apply(x, weight, bias, a, b, scaling)
+    if autocast:
+        # All products run in this type: one cast serves them all, and is what they keep of x.
+        x = x.to(torch.get_autocast_dtype(device))
     out = F.linear(x, weight, bias)
     for adapter in adapters:
-        inner = F.linear(adapter.dropout(x.to(adapter.a.dtype)), adapter.a)
+        given = x if autocast else x.to(adapter.a.dtype)
+        inner = F.linear(adapter.dropout(given), adapter.a)
         out = out + (F.linear(inner, adapter.b) * adapter.scaling).to(out.dtype)
     return out
 
