@@ -40,7 +40,7 @@ class LeanMultiheadAttention(MultiheadAttention):
         key_padding_mask: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        """Attention with position encodings and the identity connection.
+        """Attend with position encodings, and add the identity.
 
         Args:
             query: [B, Q, C], or [Q, B, C] unless ``batch_first``; the others likewise.
@@ -66,8 +66,8 @@ class LeanMultiheadAttention(MultiheadAttention):
                 identity,
                 query_pos,
                 key_pos,
-                attn_mask=attn_mask,
-                key_padding_mask=key_padding_mask,
+                attn_mask,
+                key_padding_mask,
                 **kwargs,
             )
         key = query if key is None else key
@@ -84,7 +84,6 @@ class LeanMultiheadAttention(MultiheadAttention):
             query = query.transpose(0, 1)
             key = query if together[0] else key.transpose(0, 1)
             value = key if together[1] else value.transpose(0, 1)
-
         out = self._attend(query, key, value, attn_mask, key_padding_mask)
         if not self.batch_first:
             out = out.transpose(0, 1)
@@ -161,7 +160,7 @@ def _add(x: Tensor, pos: Tensor | None) -> Tensor:
 def _sdpa_mask(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """mmcv's two masks as the one that SDPA takes: True means seen there, or a float bias."""
+    """Make the one mask that SDPA takes of mmcv's two: bool, True means seen there, or a bias."""
     if attn_mask is not None:
         attn_mask = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(dtype)
         if attn_mask.dim() == 3:

@@ -24,7 +24,7 @@ class TokenLogits(ContrastiveEmbed):
     """
 
     def forward(self, visual_feat: Tensor, text_feat: Tensor, text_token_mask: Tensor) -> Tensor:
-        """Logits of every query for every token.
+        """Score every query for every token.
 
         Args:
             visual_feat: [B, Q, C].
@@ -42,7 +42,7 @@ class TokenLogits(ContrastiveEmbed):
 
     @torch.no_grad()
     def best(self, visual_feat: Tensor, text_feat: Tensor, text_token_mask: Tensor) -> Tensor:
-        """The largest token logit of every position, which ranks the encoder's proposals.
+        """Find the largest token logit of every position, which ranks the encoder's proposals.
 
         Args:
             visual_feat: [B, S, C].
@@ -60,7 +60,7 @@ class TokenLogits(ContrastiveEmbed):
         return torch.cat(scores, dim=1)
 
     def _logits(self, visual_feat: Tensor, text_feat: Tensor) -> Tensor:
-        """[B, Q, T], padding included."""
+        """Score as `forward` does, padding included: [B, Q, T]."""
         if text_feat.shape[1] > self.max_text_len:
             raise ConfigError(
                 f'the caption has {text_feat.shape[1]} tokens, more than max_text_len='

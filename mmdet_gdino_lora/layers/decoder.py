@@ -11,7 +11,7 @@ class LeanDecoder(GroundingDinoTransformerDecoder):
     """This decoder equals mmdet's in arguments, parameters, names and results."""
 
     def forward(self, query: Tensor, *args, self_attn_mask: Tensor | None = None, **kwargs):
-        """As in mmdet.
+        """Decode as mmdet does.
 
         Args:
             query: [B, Q, C].

@@ -89,7 +89,7 @@ class LeanDeformableAttention(MultiScaleDeformableAttention):
         return self.dropout(out) + identity
 
     def _locations(self, query: Tensor, reference_points: Tensor, spatial_shapes: Tensor) -> Tensor:
-        """The points p + dp [B, Q, heads, levels, points, 2], (x, y) in 0..1 of their level."""
+        """Compute the points p + dp, (x, y) in 0..1: [B, Q, heads, levels, points, 2]."""
         offsets = self.sampling_offsets(query)
         offsets = offsets.unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
         if reference_points.shape[-1] == 2:
@@ -146,7 +146,7 @@ def _sample_as_defined(
 
 
 def _exact(value: Tensor, locations: Tensor, weights: Tensor) -> list[Tensor]:
-    """Features, locations and weights in float32 (float64 where the features are), contiguous.
+    """Make features, locations and weights contiguous and float32, float64 where the features are.
 
     mmcv has no kernel for bfloat16. Its kernel for float16 would have the locations rounded to
     float16 as well, to a tenth of a cell on a wide level, and adds up the features' gradient in

@@ -24,7 +24,7 @@ class DenoisingQueryGenerator(CdnQueryGenerator):
     """
 
     def __call__(self, batch_data_samples: SampleList) -> tuple[Tensor, Tensor, Tensor, dict]:
-        """Noised copies of a batch's boxes as decoder queries.
+        """Make decoder queries of noised copies of a batch's boxes.
 
         Args:
             batch_data_samples: ``gt_instances`` with ``bboxes`` (absolute xyxy) and ``labels``,
@@ -61,7 +61,7 @@ class DenoisingQueryGenerator(CdnQueryGenerator):
         return queries, reference_points, mask, meta
 
     def generate_dn_label_query(self, gt_labels: Tensor, num_groups: int) -> Tensor:
-        """Embeddings of the labels, a share of them replaced by random ones.
+        """Embed the labels, a share of them replaced by random ones.
 
         Args:
             gt_labels: Labels of all images [N].
@@ -76,7 +76,7 @@ class DenoisingQueryGenerator(CdnQueryGenerator):
         return self.label_embedding(torch.where(replaced, random, labels))
 
     def generate_dn_bbox_query(self, gt_bboxes: Tensor, num_groups: int) -> Tensor:
-        """As mmdet's, whose arithmetic is kept; boxes of an empty batch are empty.
+        """Add noise by mmdet's own arithmetic; boxes of an empty batch stay empty.
 
         Args:
             gt_bboxes: (x1, y1, x2, y2) in 0..1 of all images [N, 4].
@@ -92,7 +92,7 @@ class DenoisingQueryGenerator(CdnQueryGenerator):
     def generate_dn_mask(
         self, max_num_target: int, num_groups: int, device: torch.device
     ) -> Tensor:
-        """Who may not attend to whom in the decoder's self-attention.
+        """Say who may not attend to whom in the decoder's self-attention.
 
         Args:
             max_num_target: The largest number of boxes in an image.

@@ -27,7 +27,7 @@ def _levels(shapes: Shapes, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def level_tensors(feats: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """mmdet's ``spatial_shapes`` and ``level_start_index`` for a feature pyramid.
+    """Make mmdet's ``spatial_shapes`` and ``level_start_index`` for a feature pyramid.
 
     They are remembered per sizes and device, and sizes that come for the first time, as many do in
     multi-scale training, are one upload that nobody waits for. The first tensor carries its numbers
@@ -45,7 +45,7 @@ def level_tensors(feats: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def host_shapes(spatial_shapes: Tensor) -> Shapes:
-    """The numbers in ``spatial_shapes``; waits for the device at most once per tensor.
+    """Give the numbers in ``spatial_shapes``; waits for the device at most once per tensor.
 
     Args:
         spatial_shapes: int64 [levels, 2], from `level_tensors` or from mmdet.
@@ -60,7 +60,7 @@ def host_shapes(spatial_shapes: Tensor) -> Shapes:
 def padding_masks(
     feats: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]], input_shape: tuple[int, int]
 ) -> list[Tensor] | None:
-    """Which positions of each level show no image, as mmdet's ``pre_transformer`` has it.
+    """Mark the positions of each level that show no image, as mmdet's ``pre_transformer`` does.
 
     Args:
         feats: feature maps [B, C, H, W], one per level.

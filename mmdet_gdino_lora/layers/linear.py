@@ -16,7 +16,7 @@ from mmdet_gdino_lora.peft_layers.adapter import Adapter, active_adapters, is_pl
 def adapted_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, adapters: list[Adapter]
 ) -> Tensor:
-    """``F.linear`` with the adapters' share added.
+    """Run ``F.linear`` and add the adapters' share.
 
     PEFT adds ``b(a(x))`` to the layer's output: two thin products and two more passes over the
     output, forward and backward. In float32 the delta is folded into the weight instead (it is as
@@ -69,7 +69,7 @@ class LeanLoraLinear(LoraLinear):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer with its active adapters.
+        """Run the layer with its active adapters.
 
         Args:
             x: [..., in_features].
@@ -86,7 +86,7 @@ class LeanLoraLinear(LoraLinear):
 
 
 class _FoldedLinear(torch.autograd.Function):
-    """``F.linear(x, weight + scaling * b @ a, bias)``.
+    """This function is ``F.linear(x, weight + scaling * b @ a, bias)``.
 
     Autograd would form the gradient of the folded weight, a product as large as the layer itself.
     Here the backward pass goes through the thin factors.

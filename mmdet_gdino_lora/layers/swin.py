@@ -17,7 +17,7 @@ class LeanSwinBlock(SwinBlock):
     """
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """Window attention and feed-forward, each added to its input.
+        """Run window attention and feed-forward, each added to its input.
 
         Args:
             x: [B, H * W, C].
