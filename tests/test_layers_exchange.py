@@ -7,12 +7,31 @@ import copy
 import pytest
 import torch
 from mmcv.cnn.bricks.transformer import MultiheadAttention
+from mmcv.ops import MultiScaleDeformableAttention
 from mmdet.models.backbones.swin import SwinBlock
+from mmdet.models.dense_heads.grounding_dino_head import ContrastiveEmbed
+from mmdet.models.layers import CdnQueryGenerator
+from mmdet.models.layers.transformer import grounding_dino_layers
+from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
 from mmdet_gdino_lora.layers.encoder import LeanEncoder
 from mmdet_gdino_lora.layers.exchange import LEAN, exchange_layers
 from tests.builders import SMALL_ENCODER, WORDS, build, data_samples, detector_cfg, stock_cfg
+
+STOCK = {
+    SwinBlock,
+    grounding_dino_layers.GroundingDinoTransformerEncoder,
+    grounding_dino_layers.GroundingDinoTransformerDecoder,
+    MultiheadAttention,
+    MultiScaleDeformableAttention,
+    BiMultiHeadAttention,
+    LoraLinear,
+    ContrastiveEmbed,
+    CdnQueryGenerator,
+}
+"""What must be exchanged."""
 
 
 @pytest.fixture(scope='module')
@@ -25,8 +44,8 @@ def detector(text_dir: str) -> nn.Module:
 
 def test_no_stock_layer_is_left_and_every_lean_class_has_a_user(detector: nn.Module) -> None:
     types = {type(module) for module in detector.modules()}
-    assert not types & set(LEAN)
-    assert types >= set(LEAN.values())
+    assert not types & STOCK
+    assert types >= set(LEAN.values()) and set(LEAN) == STOCK
 
 
 def test_the_detector_draws_the_random_numbers_that_mmdets_own_draws(text_dir: str) -> None:
