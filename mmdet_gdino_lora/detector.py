@@ -21,12 +21,7 @@ from torch import Tensor
 from mmdet_gdino_lora.engine.runner_config import annotations_follow_resize, runner_config
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.layers import precision
-from mmdet_gdino_lora.layers.checkpointing import mend_checkpointing
-from mmdet_gdino_lora.layers.contrastive import narrow_logits
-from mmdet_gdino_lora.layers.decoder import FusedGroundingDinoDecoder
-from mmdet_gdino_lora.layers.denoising import DenoisingQueryGenerator
-from mmdet_gdino_lora.layers.encoder import FusedGroundingDinoEncoder
-from mmdet_gdino_lora.layers.exchange import fuse
+from mmdet_gdino_lora.layers.exchange import exchange_layers
 from mmdet_gdino_lora.layers.levels import level_tensors, padding_masks
 from mmdet_gdino_lora.layers.proposals import Proposals, select_proposals
 from mmdet_gdino_lora.lora import (
@@ -96,24 +91,22 @@ class LoRAGroundingDINO(GroundingDINO):
         dn_cfg: Optional[dict] = None,
         **kwargs: Any,
     ) -> None:
-        # mmdet's DINO writes what else the generator needs into this dict.
-        generator_cfg = dict(dn_cfg or NO_DENOISING)
         super().__init__(
             _replaced(language_model, 'BertModel', 'GroundingTextEncoder'),
             bbox_head=_replaced(bbox_head, 'GroundingDINOHead', 'GroundingDINOCriterionHead'),
-            dn_cfg=generator_cfg,
+            # mmdet builds a generator in any case, and writes into this dict.
+            dn_cfg=dict(dn_cfg or NO_DENOISING),
             **kwargs,
         )
-        self.dn_query_generator = DenoisingQueryGenerator(**generator_cfg) if dn_cfg else None
+        if not dn_cfg:
+            self.dn_query_generator = None
         self.base_checkpoint = base_checkpoint
         if base_checkpoint:
             load_base(self, base_checkpoint)
         if lora is not None:
             inject(self, lora, train_box_head=train_box_head, trainable=trainable)
         install_hooks(self, full_checkpoint=full_checkpoint)
-        fuse(self)
-        mend_checkpointing(self.backbone)
-        narrow_logits(self.bbox_head)
+        exchange_layers(self)
         self._base_dtype = precision.base_dtype(base_dtype)
         if self._base_dtype:
             if not base_checkpoint:
@@ -142,14 +135,11 @@ class LoRAGroundingDINO(GroundingDINO):
         self._boxes_follow_resize: Optional[bool] = None
 
     def _init_layers(self) -> None:
-        # mmdet names its encoder's and decoder's classes in the code; it builds one layer of each
-        # here, which makes room for the lean ones.
-        encoder, decoder = self.encoder, self.decoder
-        self.encoder = {**encoder, 'num_layers': 1, 'num_cp': 0}
-        self.decoder = {**decoder, 'num_layers': 1}
+        # mmdet would wrap the checkpointed layers with fairscale; the lean encoder needs none.
+        num_cp = self.encoder.get('num_cp', 0)
+        self.encoder = {**self.encoder, 'num_cp': 0}
         super()._init_layers()
-        self.encoder = FusedGroundingDinoEncoder(**encoder)
-        self.decoder = FusedGroundingDinoDecoder(**decoder)
+        self.encoder.num_cp = num_cp
 
     # ---------------------------------------------------------------------------- weights and modes
 
@@ -185,7 +175,7 @@ class LoRAGroundingDINO(GroundingDINO):
             ConfigError: As :func:`~.lora.adapters.load_adapter`.
         """
         load_adapter(self, source, name)
-        fuse(self)
+        exchange_layers(self)
 
     def set_adapter(self, adapter: Union[str, Mapping[str, float], None] = ADAPTER) -> None:
         """Switches to an adapter, to a combination, or to the base; nothing is read again.

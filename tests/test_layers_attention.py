@@ -11,8 +11,8 @@ from mmcv.cnn.bricks.transformer import FFN, MultiheadAttention
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from mmdet_gdino_lora.layers.attention import FusedMultiheadAttention
-from mmdet_gdino_lora.layers.exchange import fuse
+from mmdet_gdino_lora.layers.attention import LeanMultiheadAttention
+from mmdet_gdino_lora.layers.exchange import exchange_layers
 
 
 def attention_pair(**kwargs) -> tuple[nn.Module, nn.Module]:
@@ -21,7 +21,7 @@ def attention_pair(**kwargs) -> tuple[nn.Module, nn.Module]:
     stock = MultiheadAttention(32, 4, **{'batch_first': True, **kwargs}).eval()
     nn.init.normal_(stock.attn.in_proj_bias)
     nn.init.normal_(stock.attn.out_proj.bias)
-    return stock, fuse(copy.deepcopy(stock))
+    return stock, exchange_layers(copy.deepcopy(stock))
 
 
 def with_adapters(module: nn.Module, targets: list[str], names=('default',), **fields) -> nn.Module:
@@ -195,7 +195,7 @@ def test_adapted_linear_layers_equal_peft(fields):
     x = torch.randn(2, 7, 32)
     for module in (stock, ours):
         with_adapters(module, ['layers.0.0', 'layers.1'], **fields)
-    fuse(ours)
+    exchange_layers(ours)
     expected, actual = stock(x, x), ours(x, x)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
     theirs, own = gradients(stock, expected), gradients(ours, actual)
@@ -212,7 +212,7 @@ def test_freed_base_weights_get_their_gradient_beside_an_adapter():
     for module in (stock, ours):
         with_adapters(module, ['layers.1'])
         module.requires_grad_(True)
-    fuse(ours)
+    exchange_layers(ours)
     theirs, own = gradients(stock, stock(x)), gradients(ours, ours(x))
     assert theirs.keys() == own.keys()
     for key in theirs:
@@ -223,7 +223,7 @@ def test_names_and_initial_weights_are_mmcvs():
     torch.manual_seed(0)
     stock = MultiheadAttention(32, 4)
     torch.manual_seed(0)
-    ours = FusedMultiheadAttention(32, 4)
+    ours = LeanMultiheadAttention(32, 4)
     assert list(stock.state_dict()) == list(ours.state_dict())
     for a, b in zip(stock.parameters(), ours.parameters()):
         assert torch.equal(a, b)

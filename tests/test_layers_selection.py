@@ -13,10 +13,9 @@ from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention
 from torch import nn
 
 from mmdet_gdino_lora.errors import ConfigError
-from mmdet_gdino_lora.layers.checkpointing import mend_checkpointing
-from mmdet_gdino_lora.layers.contrastive import TokenLogits, narrow_logits
+from mmdet_gdino_lora.layers.contrastive import TokenLogits
 from mmdet_gdino_lora.layers.cpu.dropout import attend
-from mmdet_gdino_lora.layers.exchange import fuse
+from mmdet_gdino_lora.layers.exchange import exchange_layers
 from mmdet_gdino_lora.layers.levels import level_tensors
 from mmdet_gdino_lora.layers.proposals import select_proposals
 from tests.builders import build, data_samples
@@ -27,7 +26,7 @@ from tests.builders import build, data_samples
 def test_fusion_equals_mmdet(padded_image, padded_text):
     torch.manual_seed(0)
     stock = BiMultiHeadAttention(32, 24, 64, 4).eval()
-    ours = fuse(copy.deepcopy(stock))
+    ours = exchange_layers(copy.deepcopy(stock))
     image, text = torch.randn(2, 30, 32) * 3, torch.randn(2, 7, 24) * 3
     hidden_image = torch.zeros(2, 30, dtype=torch.bool)
     hidden_image[1, 20:] = True
@@ -48,7 +47,7 @@ def test_fusion_equals_mmdet(padded_image, padded_text):
 
 def test_fusion_drops_attention_in_training():
     torch.manual_seed(0)
-    layer = fuse(BiMultiHeadAttention(32, 24, 64, 4, dropout=0.5)).train()
+    layer = exchange_layers(BiMultiHeadAttention(32, 24, 64, 4, dropout=0.5)).train()
     image, text = torch.randn(1, 30, 32), torch.randn(1, 7, 24)
     assert not torch.equal(layer(image, text)[0], layer(image, text)[0])
 
@@ -83,8 +82,7 @@ def test_attention_with_dropout_is_attention_with_dropped_weights(mask):
 
 def logits_pair(**cfg) -> tuple[nn.Module, nn.Module]:
     stock = ContrastiveEmbed(**cfg)
-    ours = copy.deepcopy(stock)
-    narrow_logits(nn.ModuleDict({'cls_branches': nn.ModuleList([ours])}))
+    ours = exchange_layers(copy.deepcopy(stock))
     assert type(ours) is TokenLogits
     return stock, ours
 
@@ -188,7 +186,7 @@ def swin(with_cp: bool) -> SwinTransformer:
         out_indices=(3,),
         with_cp=with_cp,
     )
-    mend_checkpointing(backbone)
+    exchange_layers(backbone)
     backbone.train()  # returns nothing
     return backbone
 

@@ -14,9 +14,7 @@ from mmengine.config import ConfigDict
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from mmdet_gdino_lora.layers.decoder import FusedGroundingDinoDecoder
-from mmdet_gdino_lora.layers.encoder import FusedGroundingDinoEncoder
-from mmdet_gdino_lora.layers.exchange import fuse
+from mmdet_gdino_lora.layers.exchange import exchange_layers
 from mmdet_gdino_lora.layers.levels import host_shapes, level_tensors
 from tests.builders import SMALL_DECODER, SMALL_ENCODER
 
@@ -24,9 +22,9 @@ LEVELS = [torch.zeros(2, 1, *size) for size in ((6, 5), (3, 3), (2, 2), (1, 1))]
 TARGETS = r'.*(self_attn\.attn|cross_attn_text\.attn|value_proj|output_proj|ffn\.layers\.(0\.0|1))'
 
 
-def build(cls: type[nn.Module], cfg: dict, **changes) -> nn.Module:
+def build(cls: type[nn.Module], cfg: dict) -> nn.Module:
     torch.manual_seed(0)
-    module = cls(**ConfigDict(copy.deepcopy({**cfg, **changes})))
+    module = cls(**ConfigDict(copy.deepcopy(cfg)))
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
@@ -34,6 +32,12 @@ def build(cls: type[nn.Module], cfg: dict, **changes) -> nn.Module:
         if hasattr(child, 'sampling_offsets'):
             nn.init.normal_(child.sampling_offsets.weight, std=0.1)
     return module.eval()
+
+
+def lean_encoder(num_cp: int = 0) -> nn.Module:
+    encoder = exchange_layers(build(GroundingDinoTransformerEncoder, SMALL_ENCODER))
+    encoder.num_cp = num_cp
+    return encoder
 
 
 def adapted(module: nn.Module) -> nn.Module:
@@ -118,10 +122,10 @@ def assert_same(expected: tuple, actual: tuple, twice: tuple[str, ...] = ()) -> 
 @pytest.mark.parametrize('padded', [False, True])
 def test_encoder_equals_mmdet(padded, with_adapters):
     stock = build(GroundingDinoTransformerEncoder, SMALL_ENCODER)
-    ours = build(FusedGroundingDinoEncoder, SMALL_ENCODER)
+    ours = lean_encoder()
     assert list(stock.state_dict()) == list(ours.state_dict())
     if with_adapters:
-        stock, ours = adapted(stock), fuse(adapted(ours))
+        stock, ours = adapted(stock), exchange_layers(adapted(ours))
     inputs = encoder_inputs(padded)
     assert_same(run(stock, inputs), run(ours, inputs))
 
@@ -129,10 +133,10 @@ def test_encoder_equals_mmdet(padded, with_adapters):
 @pytest.mark.parametrize('with_adapters', [False, True])
 def test_decoder_equals_mmdet(with_adapters):
     stock = build(GroundingDinoTransformerDecoder, SMALL_DECODER)
-    ours = build(FusedGroundingDinoDecoder, SMALL_DECODER)
+    ours = exchange_layers(build(GroundingDinoTransformerDecoder, SMALL_DECODER))
     assert list(stock.state_dict()) == list(ours.state_dict())
     if with_adapters:
-        stock, ours = adapted(stock), fuse(adapted(ours))
+        stock, ours = adapted(stock), exchange_layers(adapted(ours))
     inputs = decoder_inputs()
     assert_same(run(stock, inputs), run(ours, inputs))
 
@@ -141,7 +145,7 @@ def test_decoder_equals_mmdet(with_adapters):
 def test_checkpointing_changes_no_output_and_no_gradient(with_adapters):
     results = []
     for num_cp in (0, 2):
-        encoder = build(FusedGroundingDinoEncoder, SMALL_ENCODER, num_cp=num_cp)
+        encoder = lean_encoder(num_cp)
         if with_adapters:
             encoder = adapted(encoder)
         results.append(run(encoder, encoder_inputs(True)))
@@ -154,7 +158,7 @@ def test_checkpointing_changes_no_output_and_no_gradient(with_adapters):
 
 
 def test_frozen_encoder_is_not_checkpointed(monkeypatch):
-    encoder = build(FusedGroundingDinoEncoder, SMALL_ENCODER, num_cp=2).requires_grad_(False)
+    encoder = lean_encoder(num_cp=2).requires_grad_(False)
     monkeypatch.setattr(
         'mmdet_gdino_lora.layers.checkpointing.checkpoint', lambda *a, **k: pytest.fail('computed')
     )
@@ -162,7 +166,7 @@ def test_frozen_encoder_is_not_checkpointed(monkeypatch):
 
 
 def test_each_image_keeps_its_own_text_mask():
-    encoder = build(FusedGroundingDinoEncoder, SMALL_ENCODER)
+    encoder = lean_encoder()
     inputs = encoder_inputs(False)
     sees = inputs['text_self_attention_masks'].clone()
     sees[1] = torch.eye(7, dtype=torch.bool)
@@ -180,7 +184,7 @@ def test_each_image_keeps_its_own_text_mask():
 
 
 def test_wrong_level_sizes_are_refused():
-    encoder = build(FusedGroundingDinoEncoder, SMALL_ENCODER)
+    encoder = lean_encoder()
     inputs = encoder_inputs(False)
     inputs['spatial_shapes'] = torch.tensor([[6, 5], [3, 3], [2, 2], [1, 2]])
     with pytest.raises((ValueError, RuntimeError)):

@@ -1,1 +1,1 @@
-"""The transformer's layers, computed for a model that is mostly frozen."""
+"""These layers compute what mmdet's compute, for a model that is mostly frozen."""

@@ -1,4 +1,4 @@
-"""Multi-head attention without attention weights, also under PEFT's adapters."""
+"""Multi-head attention keeps no attention weights here, also under PEFT's adapters."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mmdet_gdino_lora.peft_layers.adapter import active_adapters, is_plain_lora
 from mmdet_gdino_lora.peft_layers.out_proj import peft_out_proj_factor
 
 
-class FusedMultiheadAttention(MultiheadAttention):
-    """mmcv's ``MultiheadAttention`` on ``scaled_dot_product_attention``.
+class LeanMultiheadAttention(MultiheadAttention):
+    """This is mmcv's ``MultiheadAttention`` on ``scaled_dot_product_attention``.
 
-    Same arguments, parameters, names and results. mmcv asks torch for attention weights, averages
-    them and throws them away, which keeps [batch * heads, queries, keys] numbers for the backward
-    pass. Here nothing of that size is kept, the batch stays the first dimension, and inputs that
-    are the same tensor are projected together.
+    Arguments, parameters, names and results are the same. mmcv asks torch for attention weights,
+    averages them and throws them away, which keeps [batch * heads, queries, keys] numbers for the
+    backward pass. Here nothing of that size is kept, the batch stays the first dimension, and
+    inputs that are the same tensor are projected together.
 
     ``self.attn`` holds the parameters: ``nn.MultiheadAttention``, or PEFT's container around it.
     PEFT's own forward merges the adapters into the base's weights and takes them out again, for
@@ -40,7 +40,7 @@ class FusedMultiheadAttention(MultiheadAttention):
         key_padding_mask: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        """Attention with position encodings and the identity connection.
+        """Attend with position encodings, and add the identity.
 
         Args:
             query: [B, Q, C], or [Q, B, C] unless ``batch_first``; the others likewise.
@@ -66,8 +66,8 @@ class FusedMultiheadAttention(MultiheadAttention):
                 identity,
                 query_pos,
                 key_pos,
-                attn_mask=attn_mask,
-                key_padding_mask=key_padding_mask,
+                attn_mask,
+                key_padding_mask,
                 **kwargs,
             )
         key = query if key is None else key
@@ -84,7 +84,6 @@ class FusedMultiheadAttention(MultiheadAttention):
             query = query.transpose(0, 1)
             key = query if together[0] else key.transpose(0, 1)
             value = key if together[1] else value.transpose(0, 1)
-
         out = self._attend(query, key, value, attn_mask, key_padding_mask)
         if not self.batch_first:
             out = out.transpose(0, 1)
@@ -161,7 +160,7 @@ def _add(x: Tensor, pos: Tensor | None) -> Tensor:
 def _sdpa_mask(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """mmcv's two masks as the one that SDPA takes: True means seen there, or a float bias."""
+    """Make the one mask that SDPA takes of mmcv's two: bool, True means seen there, or a bias."""
     if attn_mask is not None:
         attn_mask = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(dtype)
         if attn_mask.dim() == 3:

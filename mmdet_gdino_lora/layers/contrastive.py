@@ -1,4 +1,4 @@
-"""Token logits: the similarity of queries and caption tokens."""
+"""Token logits tell how similar queries and caption tokens are."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ CHUNK = 4096
 
 
 class TokenLogits(ContrastiveEmbed):
-    """mmdet's ``ContrastiveEmbed`` for the caption's tokens alone.
+    """This is mmdet's ``ContrastiveEmbed`` for the caption's tokens alone.
 
-    Same arguments, parameters and names. mmdet returns ``max_text_len`` (256) columns, -inf from
-    the caption's end on; here there are T, the tokens of the longest caption in the batch, with
-    -inf only where a shorter caption ends.
+    Arguments, parameters and names are the same. mmdet returns ``max_text_len`` (256) columns, -inf
+    from the caption's end on; here there are T, the tokens of the longest caption in the batch,
+    with -inf only where a shorter caption ends. Whoever selects queries by them must not expect
+    more, as stock mmdet's detector does.
     """
 
     def forward(self, visual_feat: Tensor, text_feat: Tensor, text_token_mask: Tensor) -> Tensor:
-        """Logits of every query for every token.
+        """Score every query for every token.
 
         Args:
             visual_feat: [B, Q, C].
@@ -41,7 +42,7 @@ class TokenLogits(ContrastiveEmbed):
 
     @torch.no_grad()
     def best(self, visual_feat: Tensor, text_feat: Tensor, text_token_mask: Tensor) -> Tensor:
-        """The largest token logit of every position, which ranks the encoder's proposals.
+        """Find the largest token logit of every position, which ranks the encoder's proposals.
 
         Args:
             visual_feat: [B, S, C].
@@ -59,7 +60,7 @@ class TokenLogits(ContrastiveEmbed):
         return torch.cat(scores, dim=1)
 
     def _logits(self, visual_feat: Tensor, text_feat: Tensor) -> Tensor:
-        """[B, Q, T], padding included."""
+        """Score as `forward` does, padding included: [B, Q, T]."""
         if text_feat.shape[1] > self.max_text_len:
             raise ConfigError(
                 f'the caption has {text_feat.shape[1]} tokens, more than max_text_len='
@@ -74,16 +75,3 @@ class TokenLogits(ContrastiveEmbed):
         if self.bias is not None:
             logits = logits + self.bias
         return logits
-
-
-def narrow_logits(head: nn.Module) -> None:
-    """Let a built head give token logits for T columns.
-
-    Its detector's query selection must not expect ``max_text_len`` columns, as stock mmdet's does.
-
-    Args:
-        head: with ``cls_branches`` of mmdet's ``ContrastiveEmbed``.
-    """
-    for branch in head.cls_branches:
-        if type(branch) is ContrastiveEmbed:
-            branch.__class__ = TokenLogits

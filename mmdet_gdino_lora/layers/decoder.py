@@ -1,4 +1,4 @@
-"""Grounding DINO's decoder."""
+"""Grounding DINO's decoder turns the denoising mask into a bias once, not once per layer."""
 
 from __future__ import annotations
 
@@ -6,21 +6,12 @@ import torch
 from mmdet.models.layers.transformer.grounding_dino_layers import GroundingDinoTransformerDecoder
 from torch import Tensor
 
-from mmdet_gdino_lora.layers.exchange import fuse
 
-
-class FusedGroundingDinoDecoder(GroundingDinoTransformerDecoder):
-    """mmdet's ``GroundingDinoTransformerDecoder`` with lean layers.
-
-    Same arguments, parameters, names and results.
-    """
-
-    def _init_layers(self) -> None:
-        super()._init_layers()
-        fuse(self)
+class LeanDecoder(GroundingDinoTransformerDecoder):
+    """This decoder equals mmdet's in arguments, parameters, names and results."""
 
     def forward(self, query: Tensor, *args, self_attn_mask: Tensor | None = None, **kwargs):
-        """As in mmdet.
+        """Decode as mmdet does.
 
         Args:
             query: [B, Q, C].

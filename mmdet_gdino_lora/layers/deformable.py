@@ -1,9 +1,11 @@
-"""Multi-scale deformable attention that never waits for the device."""
+"""Multi-scale deformable attention never waits for the device here."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
+import torch
 from mmcv.ops import MultiScaleDeformableAttention, get_compiling_cuda_version
 from mmcv.ops.multi_scale_deform_attn import (
     MultiScaleDeformableAttnFunction,
@@ -15,12 +17,19 @@ from mmdet_gdino_lora.layers.cpu.sampling import sample_levels
 from mmdet_gdino_lora.layers.levels import host_shapes
 
 
-class FusedDeformableAttention(MultiScaleDeformableAttention):
-    """mmcv's ``MultiScaleDeformableAttention``; same parameters, names and results.
+class LeanDeformableAttention(MultiScaleDeformableAttention):
+    """This is mmcv's ``MultiScaleDeformableAttention``; parameters, names and results are the same.
+
+    Deformable DETR, equation 3: a query z with the reference point p looks at a few points on every
+    level x^l of the image, whose places and weights it predicts itself:
+
+        sum over heads of W * (sum over levels and points of A * (W' x^l)(p + dp))
+
+    Here ``value_proj`` is W', ``sampling_offsets(z)`` is dp, the softmax of
+    ``attention_weights(z)`` is A, and ``output_proj`` is W, of all heads together.
 
     mmcv compares the number of positions with the levels' sizes on the device, which makes the
-    host wait for it in every layer. Here the sizes are known to the host. On CUDA the sampling is
-    mmcv's kernel; on the CPU see `layers.sampling`.
+    host wait for it in every layer. Here the host knows the sizes.
     """
 
     def forward(
@@ -59,7 +68,6 @@ class FusedDeformableAttention(MultiScaleDeformableAttention):
             query = query + query_pos
         if not self.batch_first:
             query, value = query.transpose(0, 1), value.transpose(0, 1)
-        batch, num_queries, _ = query.shape
         num_values = value.shape[1]
         shapes = host_shapes(spatial_shapes)
         if sum(height * width for height, width in shapes) != num_values:
@@ -68,33 +76,84 @@ class FusedDeformableAttention(MultiScaleDeformableAttention):
         value = self.value_proj(value)
         if key_padding_mask is not None:
             value = value.masked_fill(key_padding_mask[..., None], 0.0)
-        value = value.view(batch, num_values, self.num_heads, -1)
-        grid = (batch, num_queries, self.num_heads, self.num_levels, self.num_points)
-        offsets = self.sampling_offsets(query).view(*grid, 2)
-        weights = self.attention_weights(query).view(*grid[:3], -1)
-        weights = weights.softmax(-1).view(grid)
-        if reference_points.shape[-1] == 2:
-            scale = 1 / spatial_shapes.flip(-1)[:, None]
-            locations = reference_points[:, :, None, :, None] + offsets * scale
-        else:
-            centres, sizes = reference_points[:, :, None, :, None].split(2, dim=-1)
-            locations = centres + offsets * (sizes * (0.5 / self.num_points))
+        value = value.unflatten(-1, (self.num_heads, -1))
+        locations = self._locations(query, reference_points, spatial_shapes)
+        weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1)).softmax(-1)
+        weights = weights.unflatten(-1, (self.num_levels, self.num_points))
 
-        if value.device.type == 'cpu':
-            out = sample_levels(value, shapes, locations, weights)
-        elif value.is_cuda and _has_cuda_ops():
-            out = MultiScaleDeformableAttnFunction.apply(
-                value, spatial_shapes, level_start_index, locations, weights, self.im2col_step
-            )
-        else:
-            sample = (
-                sample_levels if value.device.type == 'cpu' else multi_scale_deformable_attn_pytorch
-            )
-            out = sample(value, shapes, locations, weights)
+        sample = sampler(value.device.type, _has_cuda_ops())  # on the CPU: layers/cpu/sampling.py
+        out = sample(value, spatial_shapes, level_start_index, locations, weights)
         out = self.output_proj(out)
         if not self.batch_first:
             out = out.transpose(0, 1)
         return self.dropout(out) + identity
+
+    def _locations(self, query: Tensor, reference_points: Tensor, spatial_shapes: Tensor) -> Tensor:
+        """Compute the points p + dp, (x, y) in 0..1: [B, Q, heads, levels, points, 2]."""
+        offsets = self.sampling_offsets(query)
+        offsets = offsets.unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
+        if reference_points.shape[-1] == 2:
+            scale = 1 / spatial_shapes.flip(-1)[:, None]
+            return reference_points[:, :, None, :, None] + offsets * scale
+        centres, sizes = reference_points[:, :, None, :, None].split(2, dim=-1)
+        return centres + offsets * (sizes * (0.5 / self.num_points))
+
+
+Sampler = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Weighted bilinear samples: [B, S, heads, D] features of all levels, int64 [levels, 2] sizes and
+int64 [levels] starts of the levels, locations [B, Q, heads, levels, points, 2] and weights
+[B, Q, heads, levels, points] give [B, Q, heads * D]."""
+
+
+def sampler(device_type: str, has_cuda_ops: bool) -> Sampler:
+    """Choose the way of sampling; all give the same numbers.
+
+    Args:
+        device_type: ``'cpu'``, ``'cuda'`` or another.
+        has_cuda_ops: whether mmcv was compiled with its CUDA kernels.
+    """
+    if device_type == 'cpu':
+        return _sample_on_cpu
+    if device_type == 'cuda' and has_cuda_ops:
+        return _sample_with_kernel
+    return _sample_as_defined
+
+
+def _sample_on_cpu(
+    value: Tensor, spatial_shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor
+) -> Tensor:
+    return sample_levels(value, host_shapes(spatial_shapes), locations, weights)
+
+
+def _sample_with_kernel(
+    value: Tensor, spatial_shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor
+) -> Tensor:
+    numbers = _exact(value, locations, weights)
+    # The kernel's step, how many images it takes at a time, has to divide the batch.
+    step = len(value)
+    out = MultiScaleDeformableAttnFunction.apply(
+        numbers[0], spatial_shapes, starts, *numbers[1:], step
+    )
+    return out.to(value.dtype)
+
+
+def _sample_as_defined(
+    value: Tensor, spatial_shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor
+) -> Tensor:
+    numbers = _exact(value, locations, weights)
+    out = multi_scale_deformable_attn_pytorch(numbers[0], host_shapes(spatial_shapes), *numbers[1:])
+    return out.to(value.dtype)
+
+
+def _exact(value: Tensor, locations: Tensor, weights: Tensor) -> list[Tensor]:
+    """Make features, locations and weights contiguous and float32, float64 where the features are.
+
+    mmcv has no kernel for bfloat16. Its kernel for float16 would have the locations rounded to
+    float16 as well, to a tenth of a cell on a wide level, and adds up the features' gradient in
+    float16. The locations come in float32 under autocast: only the features are copied.
+    """
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    return [tensor.to(dtype).contiguous() for tensor in (value, locations, weights)]
 
 
 @lru_cache(maxsize=1)

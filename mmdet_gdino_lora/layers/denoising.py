@@ -1,4 +1,4 @@
-"""Denoising queries without waiting for the device.
+"""Denoising queries are made without waiting for the device.
 
 mmdet's generator asks the device for the number of boxes of every image, searches for the labels
 to replace, and masks group by group; each of these makes the host wait. The numbers are known on
@@ -14,15 +14,17 @@ from mmdet.structures import SampleList
 from mmdet.structures.bbox import bbox_xyxy_to_cxcywh
 from torch import Tensor
 
+from mmdet_gdino_lora.transfer import to_device
+
 
 class DenoisingQueryGenerator(CdnQueryGenerator):
-    """Contrastive denoising queries (DINO, section 3.3), laid out as mmdet's.
+    """This generator makes contrastive denoising queries (DINO, section 3.3), laid out as mmdet's.
 
     Boxes and masks equal mmdet's; replaced labels are drawn from the same distribution.
     """
 
     def __call__(self, batch_data_samples: SampleList) -> tuple[Tensor, Tensor, Tensor, dict]:
-        """Noised copies of a batch's boxes as decoder queries.
+        """Make decoder queries of noised copies of a batch's boxes.
 
         Args:
             batch_data_samples: ``gt_instances`` with ``bboxes`` (absolute xyxy) and ``labels``,
@@ -35,35 +37,31 @@ class DenoisingQueryGenerator(CdnQueryGenerator):
             times the largest number of boxes: in each group the positives of an image, padded,
             then its negatives.
         """
-        boxes, labels, counts = [], [], []
-        for sample in batch_data_samples:
-            height, width = sample.img_shape[:2]
-            absolute = sample.gt_instances.bboxes
-            scale = torch.tensor([width, height, width, height], dtype=absolute.dtype)
-            boxes.append(absolute / scale.to(absolute.device, non_blocking=True))
-            labels.append(sample.gt_instances.labels)
-            counts.append(len(absolute))
+        labels = torch.cat([sample.gt_instances.labels for sample in batch_data_samples])
+        boxes = torch.cat([sample.gt_instances.bboxes for sample in batch_data_samples])
+        counts = [len(sample.gt_instances.labels) for sample in batch_data_samples]
+        sizes = np.array([sample.img_shape[:2] for sample in batch_data_samples])[:, [1, 0, 1, 0]]
+        sizes = torch.from_numpy(np.repeat(sizes, counts, axis=0)).to(boxes.dtype)
+        boxes = boxes / to_device(sizes, boxes.device)
         widest = max(counts)
         num_groups = self.get_num_groups(widest)
-        contents = self.generate_dn_label_query(torch.cat(labels), num_groups)
-        references = self.generate_dn_bbox_query(torch.cat(boxes), num_groups)
+        contents = self.generate_dn_label_query(labels, num_groups)
+        references = self.generate_dn_bbox_query(boxes, num_groups)
 
         copies = 2 * num_groups
-        device = contents.device
         images = np.repeat(np.arange(len(counts)), counts)
         places = np.concatenate([np.arange(count) for count in counts])
-        rows = torch.from_numpy(np.tile(images, copies)).to(device, non_blocking=True)
         columns = np.tile(places, copies) + np.repeat(np.arange(copies) * widest, len(places))
-        index = (rows, torch.from_numpy(columns).to(device, non_blocking=True))
+        index = to_device(np.stack([np.tile(images, copies), columns]), contents.device).unbind()
         shape = (len(counts), copies * widest)
         queries = contents.new_zeros(*shape, self.embed_dims).index_put(index, contents)
         reference_points = references.new_zeros(*shape, 4).index_put(index, references)
-        mask = self.generate_dn_mask(widest, num_groups, device)
+        mask = self.generate_dn_mask(widest, num_groups, contents.device)
         meta = dict(num_denoising_queries=copies * widest, num_denoising_groups=num_groups)
         return queries, reference_points, mask, meta
 
     def generate_dn_label_query(self, gt_labels: Tensor, num_groups: int) -> Tensor:
-        """Embeddings of the labels, a share of them replaced by random ones.
+        """Embed the labels, a share of them replaced by random ones.
 
         Args:
             gt_labels: Labels of all images [N].
@@ -78,7 +76,7 @@ class DenoisingQueryGenerator(CdnQueryGenerator):
         return self.label_embedding(torch.where(replaced, random, labels))
 
     def generate_dn_bbox_query(self, gt_bboxes: Tensor, num_groups: int) -> Tensor:
-        """As mmdet's, whose arithmetic is kept; boxes of an empty batch are empty.
+        """Add noise by mmdet's own arithmetic; boxes of an empty batch stay empty.
 
         Args:
             gt_bboxes: (x1, y1, x2, y2) in 0..1 of all images [N, 4].
@@ -94,7 +92,7 @@ class DenoisingQueryGenerator(CdnQueryGenerator):
     def generate_dn_mask(
         self, max_num_target: int, num_groups: int, device: torch.device
     ) -> Tensor:
-        """Who may not attend to whom in the decoder's self-attention.
+        """Say who may not attend to whom in the decoder's self-attention.
 
         Args:
             max_num_target: The largest number of boxes in an image.

@@ -1,35 +1,27 @@
-"""Grounding DINO's encoder: fusion, text enhancer and deformable image layers."""
+"""Grounding DINO's encoder fuses image and text in every layer, and then attends within each."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from mmdet.models.layers.transformer.grounding_dino_layers import GroundingDinoTransformerEncoder
 from mmdet.models.layers.transformer.utils import get_text_sine_pos_embed
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdet_gdino_lora.layers.checkpointing import run_checkpointed
-from mmdet_gdino_lora.layers.exchange import fuse
 from mmdet_gdino_lora.layers.levels import host_shapes
 
 
-class FusedGroundingDinoEncoder(GroundingDinoTransformerEncoder):
-    """mmdet's encoder with lean layers and its own checkpointing.
-
-    Same arguments, parameters, names and results as mmdet's ``GroundingDinoTransformerEncoder``,
-    but:
+class LeanEncoder(GroundingDinoTransformerEncoder):
+    """This encoder equals mmdet's in parameters, names and results, with two differences.
 
     - ``num_cp``, the number of leading layers whose activations are computed again in the backward
-      pass, needs no fairscale and costs nothing where no gradient flows.
+      pass, needs no fairscale and costs nothing where no gradient flows. mmdet wraps the layers
+      while it builds them: build its encoder with 0 and set ``num_cp`` afterwards.
     - The text mask belongs to its own image. mmdet repeats it per head in the wrong order, which
       mixes up the masks of a batch whose captions differ; with one caption the results are equal.
     """
-
-    def _init_layers(self) -> None:
-        # mmdet would wrap the first layers with fairscale.
-        num_cp, self.num_cp = self.num_cp, 0
-        super()._init_layers()
-        self.num_cp = num_cp
-        fuse(self)
 
     def forward(
         self,
@@ -65,51 +57,30 @@ class FusedGroundingDinoEncoder(GroundingDinoTransformerEncoder):
         Returns:
             The encoded image features [B, S, C] and text features [B, T, C].
         """
-        reference_points = self.get_encoder_reference_points(
-            spatial_shapes, valid_ratios, device=query.device
+        masks = dict(attention_mask_v=key_padding_mask, attention_mask_l=text_attention_mask)
+        text = _text_inputs(memory_text, text_self_attention_masks, pos_text, position_ids)
+        image = dict(
+            query_pos=query_pos,
+            reference_points=self.get_encoder_reference_points(
+                spatial_shapes, valid_ratios, query.device
+            ),
+            spatial_shapes=spatial_shapes,
+            level_start_index=level_start_index,
+            key_padding_mask=key_padding_mask,
         )
-        if position_ids is None and pos_text is None:
-            position_ids = torch.arange(memory_text.shape[1], device=memory_text.device)
-            position_ids = position_ids.expand(len(memory_text), -1).float()
-        if position_ids is not None:
-            pos_text = get_text_sine_pos_embed(
-                position_ids[..., None], num_pos_feats=256, exchange_xy=False
-            )
-        hidden_text = None
-        if text_self_attention_masks is not None:
-            hidden_text = ~text_self_attention_masks[:, None]
-
-        for index, layer in enumerate(self.layers):
+        layers = zip(self.fusion_layers, self.text_layers, self.layers)
+        for index, (fuse, enhance, attend) in enumerate(layers):
             run = run_checkpointed if index < self.num_cp else _run
-            query, memory_text = run(
-                self.fusion_layers[index],
-                visual_feature=query,
-                lang_feature=memory_text,
-                attention_mask_v=key_padding_mask,
-                attention_mask_l=text_attention_mask,
-            )
-            memory_text = self.text_layers[index](
-                query=memory_text,
-                query_pos=pos_text,
-                attn_mask=hidden_text,
-                key_padding_mask=None,
-            )
-            query = run(
-                layer,
-                query=query,
-                query_pos=query_pos,
-                reference_points=reference_points,
-                spatial_shapes=spatial_shapes,
-                level_start_index=level_start_index,
-                key_padding_mask=key_padding_mask,
-            )
+            query, memory_text = run(fuse, visual_feature=query, lang_feature=memory_text, **masks)
+            memory_text = enhance(query=memory_text, **text)
+            query = run(attend, query=query, **image)
         return query, memory_text
 
     @staticmethod
     def get_encoder_reference_points(
         spatial_shapes: Tensor, valid_ratios: Tensor, device: torch.device | str
     ) -> Tensor:
-        """mmdet's reference points, without waiting for the device.
+        """Compute mmdet's reference points without waiting for the device.
 
         Args:
             spatial_shapes: int64 [levels, 2].
@@ -125,5 +96,23 @@ class FusedGroundingDinoEncoder(GroundingDinoTransformerEncoder):
         )
 
 
-def _run(module, **inputs):
+def _text_inputs(
+    memory_text: Tensor,
+    sees: Tensor | None,
+    pos_text: Tensor | None,
+    position_ids: Tensor | None,
+) -> dict[str, Tensor | None]:
+    """What every text layer gets beside the text, see `LeanEncoder.forward`."""
+    if position_ids is None and pos_text is None:
+        position_ids = torch.arange(memory_text.shape[1], device=memory_text.device)
+        position_ids = position_ids.expand(len(memory_text), -1).float()
+    if position_ids is not None:
+        pos_text = get_text_sine_pos_embed(
+            position_ids[..., None], num_pos_feats=256, exchange_xy=False
+        )
+    hidden = None if sees is None else ~sees[:, None]
+    return dict(query_pos=pos_text, attn_mask=hidden, key_padding_mask=None)
+
+
+def _run(module: nn.Module, **inputs: Any) -> Any:
     return module(**inputs)

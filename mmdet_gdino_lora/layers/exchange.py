@@ -1,4 +1,4 @@
-"""mmcv's and mmdet's layers replaced by their equals here."""
+"""This module exchanges mmcv's, mmdet's and PEFT's layers for their lean equals."""
 
 from __future__ import annotations
 
@@ -6,32 +6,53 @@ from typing import TypeVar
 
 from mmcv.cnn.bricks.transformer import MultiheadAttention
 from mmcv.ops import MultiScaleDeformableAttention
+from mmdet.models.backbones.swin import SwinBlock
+from mmdet.models.dense_heads.grounding_dino_head import ContrastiveEmbed
+from mmdet.models.layers import CdnQueryGenerator
+from mmdet.models.layers.transformer.grounding_dino_layers import (
+    GroundingDinoTransformerDecoder,
+    GroundingDinoTransformerEncoder,
+)
 from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
-from mmdet_gdino_lora.layers.attention import FusedMultiheadAttention
-from mmdet_gdino_lora.layers.deformable import FusedDeformableAttention
-from mmdet_gdino_lora.layers.fusion import FusedBiAttention
-from mmdet_gdino_lora.layers.linear import FoldedLoraLinear
+from mmdet_gdino_lora.layers.attention import LeanMultiheadAttention
+from mmdet_gdino_lora.layers.contrastive import TokenLogits
+from mmdet_gdino_lora.layers.decoder import LeanDecoder
+from mmdet_gdino_lora.layers.deformable import LeanDeformableAttention
+from mmdet_gdino_lora.layers.denoising import DenoisingQueryGenerator
+from mmdet_gdino_lora.layers.encoder import LeanEncoder
+from mmdet_gdino_lora.layers.fusion import LeanBiAttention
+from mmdet_gdino_lora.layers.linear import LeanLoraLinear
+from mmdet_gdino_lora.layers.swin import LeanSwinBlock
 
-FUSED: dict[type[nn.Module], type[nn.Module]] = {
-    MultiheadAttention: FusedMultiheadAttention,
-    MultiScaleDeformableAttention: FusedDeformableAttention,
-    BiMultiHeadAttention: FusedBiAttention,
-    LoraLinear: FoldedLoraLinear,
+LEAN: dict[type[nn.Module], type[nn.Module]] = {
+    SwinBlock: LeanSwinBlock,
+    GroundingDinoTransformerEncoder: LeanEncoder,
+    GroundingDinoTransformerDecoder: LeanDecoder,
+    MultiheadAttention: LeanMultiheadAttention,
+    MultiScaleDeformableAttention: LeanDeformableAttention,
+    BiMultiHeadAttention: LeanBiAttention,
+    LoraLinear: LeanLoraLinear,
+    ContrastiveEmbed: TokenLogits,
+    CdnQueryGenerator: DenoisingQueryGenerator,
 }
+"""What stands in for each stock class. The last two differ in what they return, and say how."""
 
 ModuleT = TypeVar('ModuleT', bound=nn.Module)
 
 
-def fuse(module: ModuleT) -> ModuleT:
+def exchange_layers(module: ModuleT) -> ModuleT:
     """Let a built module's layers compute the lean way.
 
     The layers stay the same objects with the same parameters and hooks, of a subclass that adds
     no state: names, initial weights and random numbers are exactly mmdet's. Layers of other types,
-    subclasses of the known ones included, are left as they are. Adapters put in later work; fuse
-    again and they are folded, too.
+    subclasses of the known ones included, are left as they are. Layers that come later, adapters
+    above all, are exchanged by another call.
+
+    A stock detector is no place for it: its query selection expects more columns of logits than
+    `TokenLogits` gives.
 
     Args:
         module: built from mmdet's or mmcv's classes; with or without adapters.
@@ -40,6 +61,6 @@ def fuse(module: ModuleT) -> ModuleT:
         The same module.
     """
     for child in list(module.modules()):
-        if type(child) in FUSED:
-            child.__class__ = FUSED[type(child)]
+        if type(child) in LEAN:
+            child.__class__ = LEAN[type(child)]
     return module

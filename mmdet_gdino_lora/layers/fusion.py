@@ -1,4 +1,4 @@
-"""Attention between image and text in both directions, without attention weights."""
+"""Image and text attend to each other here, and no attention weights are kept."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 from mmdet_gdino_lora.layers.cpu.dropout import attend
 
 
-class FusedBiAttention(BiMultiHeadAttention):
-    """mmdet's ``BiMultiHeadAttention`` on ``scaled_dot_product_attention``.
+class LeanBiAttention(BiMultiHeadAttention):
+    """This is mmdet's ``BiMultiHeadAttention`` on ``scaled_dot_product_attention``.
 
-    Same arguments, parameters, names and results. mmdet keeps some eight tensors of
+    Arguments, parameters, names and results are the same. mmdet keeps some eight tensors of
     [B * heads, positions, tokens] for the backward pass; here the logits are computed once per
     direction, block by block, and nothing of that size is kept.
 

@@ -1,31 +1,37 @@
-"""The feature levels' sizes, known to the host without asking the device."""
+"""The host knows the feature levels' sizes without asking the device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mmdet_gdino_lora.transfer import to_device
 
 Shapes = tuple[tuple[int, int], ...]
 
 
 @lru_cache(maxsize=256)
 def _levels(shapes: Shapes, device: torch.device) -> tuple[Tensor, Tensor]:
-    sizes = [height * width for height, width in shapes]
-    starts = [sum(sizes[:level]) for level in range(len(sizes))]
-    spatial_shapes = torch.tensor(shapes, device=device)
+    ends = np.cumsum([height * width for height, width in shapes])
+    numbers = np.concatenate([np.ravel(shapes), [0], ends[:-1]]).astype(np.int64, copy=False)
+    with torch.inference_mode(False):  # training may come next
+        spatial_shapes, starts = to_device(numbers, device).split([2 * len(shapes), len(shapes)])
+        spatial_shapes = spatial_shapes.view(-1, 2)
     spatial_shapes.host_shapes = shapes
-    return spatial_shapes, torch.tensor(starts, device=device)
+    return spatial_shapes, starts
 
 
 def level_tensors(feats: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """mmdet's ``spatial_shapes`` and ``level_start_index`` for a feature pyramid.
+    """Make mmdet's ``spatial_shapes`` and ``level_start_index`` for a feature pyramid.
 
-    Remembered per sizes and device, so that a step copies nothing to the device; the first carries
-    its numbers on the host too, see `host_shapes`. Both are shared: never write into them.
+    They are remembered per sizes and device, and sizes that come for the first time, as many do in
+    multi-scale training, are one upload that nobody waits for. The first tensor carries its numbers
+    on the host too, see `host_shapes`. Both are shared: never write into them.
 
     Args:
         feats: feature maps [B, C, H, W], one per level.
@@ -39,7 +45,7 @@ def level_tensors(feats: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def host_shapes(spatial_shapes: Tensor) -> Shapes:
-    """The numbers in ``spatial_shapes``; waits for the device at most once per tensor.
+    """Give the numbers in ``spatial_shapes``; waits for the device at most once per tensor.
 
     Args:
         spatial_shapes: int64 [levels, 2], from `level_tensors` or from mmdet.
@@ -54,7 +60,7 @@ def host_shapes(spatial_shapes: Tensor) -> Shapes:
 def padding_masks(
     feats: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]], input_shape: tuple[int, int]
 ) -> list[Tensor] | None:
-    """Which positions of each level show no image, as mmdet's ``pre_transformer`` has it.
+    """Mark the positions of each level that show no image, as mmdet's ``pre_transformer`` does.
 
     Args:
         feats: feature maps [B, C, H, W], one per level.

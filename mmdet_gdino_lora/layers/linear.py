@@ -1,4 +1,4 @@
-"""A linear layer and its LoRA adapters, computed as one matrix product."""
+"""A linear layer and its LoRA adapters are computed as one matrix product where that is exact."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmdet_gdino_lora.peft_layers.adapter import Adapter, active_adapters, is_pl
 def adapted_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, adapters: list[Adapter]
 ) -> Tensor:
-    """``F.linear`` with the adapters' share added.
+    """Run ``F.linear`` and add the adapters' share.
 
     PEFT adds ``b(a(x))`` to the layer's output: two thin products and two more passes over the
     output, forward and backward. In float32 the delta is folded into the weight instead (it is as
@@ -35,9 +35,11 @@ def adapted_linear(
     """
     if not adapters:
         return F.linear(x, weight, bias)
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     folds = (
         x.dtype == weight.dtype == torch.float32
-        and not torch.is_autocast_enabled(x.device.type)
+        and not autocast
         and not any(adapter.drops for adapter in adapters)
         and all(adapter.a.dtype == torch.float32 for adapter in adapters)
     )
@@ -49,21 +51,25 @@ def adapted_linear(
             b = torch.cat([adapter.b * adapter.scaling for adapter in adapters], dim=1)
             scaling = 1.0
         return _FoldedLinear.apply(x, weight, bias, a, b, scaling)
+    if autocast:
+        # All products run in this type: one cast serves them all, and is what they keep of x.
+        x = x.to(torch.get_autocast_dtype(device))
     out = F.linear(x, weight, bias)
     for adapter in adapters:
-        inner = F.linear(adapter.dropout(x.to(adapter.a.dtype)), adapter.a)
+        given = x if autocast else x.to(adapter.a.dtype)
+        inner = F.linear(adapter.dropout(given), adapter.a)
         out = out + (F.linear(inner, adapter.b) * adapter.scaling).to(out.dtype)
     return out
 
 
-class FoldedLoraLinear(LoraLinear):
-    """PEFT's ``lora.Linear``; a plain adapter on a plain layer is folded, see `adapted_linear`.
+class LeanLoraLinear(LoraLinear):
+    """This is PEFT's ``lora.Linear`` with a plain adapter computed by `adapted_linear`.
 
-    Everything else (DoRA and other variants, mixed batches, adapters with bias) is PEFT's.
+    Everything else (DoRA and other variants, mixed batches, adapters with bias) is left to PEFT.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer with its active adapters.
+        """Run the layer with its active adapters.
 
         Args:
             x: [..., in_features].
@@ -80,7 +86,7 @@ class FoldedLoraLinear(LoraLinear):
 
 
 class _FoldedLinear(torch.autograd.Function):
-    """``F.linear(x, weight + scaling * b @ a, bias)``.
+    """This function is ``F.linear(x, weight + scaling * b @ a, bias)``.
 
     Autograd would form the gradient of the folded weight, a product as large as the layer itself.
     Here the backward pass goes through the thin factors.

@@ -1,4 +1,4 @@
-"""Frozen weights in half the bytes."""
+"""Frozen weights can be kept in half the bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = {'float32': None, 'bfloat16': torch.bfloat16}
 
 
 def base_dtype(name: str) -> Optional[torch.dtype]:
-    """The type that frozen weights are kept in.
+    """Find the type that frozen weights are kept in.
 
     Args:
         name: ``'float32'`` or ``'bfloat16'``.
@@ -33,7 +33,7 @@ def base_dtype(name: str) -> Optional[torch.dtype]:
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keeps the frozen matrices of a model in another type; what trains and all norms stay.
+    """Keep the frozen matrices of a model in another type; what trains and all norms stay.
 
     The model has to run under autocast from then on, see :func:`autocast`.
 
@@ -51,7 +51,7 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 @contextmanager
 def autocast(device: torch.device, dtype: Optional[torch.dtype]) -> Iterator[None]:
-    """Mixed precision for a model with cast weights, unless the runner has set its own.
+    """Mix precisions for a model with cast weights, unless the runner has set its own.
 
     Args:
         device: Of the model.

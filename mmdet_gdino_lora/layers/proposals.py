@@ -1,8 +1,9 @@
-"""Query selection: the encoder's positions whose best token logit is largest."""
+"""The encoder's positions whose best token logit is largest become queries."""
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from mmdet_gdino_lora.layers.levels import host_shapes
 
 
 class Proposals(NamedTuple):
-    """The selected positions, best first.
+    """These are the selected positions, best first.
 
     Attributes:
         logits: [B, K, T], -inf at padding.
@@ -39,7 +40,7 @@ def select_proposals(
     num_queries: int,
     positions: Tensor | None = None,
 ) -> Proposals:
-    """mmdet's two-stage selection (``GroundingDINO.pre_decoder``), equal results.
+    """Select in two stages, with the results of mmdet's ``GroundingDINO.pre_decoder``.
 
     mmdet transforms, classifies and regresses all positions with gradient and then gathers the
     ``num_queries`` best. Each position is treated alone, so here only their ranking looks at all
@@ -85,7 +86,7 @@ def select_proposals(
 def position_boxes(
     spatial_shapes: Tensor, memory_mask: Tensor | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Each position's own box (Deformable DETR, A.4): centred there, larger on coarser levels.
+    """Give each position a box (Deformable DETR, A.4): centred there, larger on coarser levels.
 
     Args:
         spatial_shapes: int64 [levels, 2].

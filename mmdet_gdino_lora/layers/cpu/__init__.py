@@ -1,1 +1,1 @@
-"""What only CPUs run: the same results as the plain definitions, faster there."""
+"""Only CPUs run this; it gives the results of the plain definitions, and is faster there."""

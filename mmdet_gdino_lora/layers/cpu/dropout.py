@@ -1,4 +1,4 @@
-"""Attention with dropout on the CPU that keeps no attention weights."""
+"""Attention with dropout keeps no attention weights on the CPU either."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """``scaled_dot_product_attention``, lean with dropout too.
+    """Run ``scaled_dot_product_attention``, lean with dropout too.
 
     Torch's fused kernel for the CPU knows no dropout; with it, torch writes down all attention
     weights several times over. Here they exist for one head of one image at a time and are computed
@@ -68,7 +68,7 @@ class _DropoutAttention(torch.autograd.Function):
 
 
 def _heads(query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, seed: int):
-    """Per image and head: its index, attention weights [Q, K], and what dropout multiplies with."""
+    """Yield each image and head, its attention weights [Q, K], and what dropout multiplies with."""
     generator = torch.Generator().manual_seed(seed)
     scale = query.shape[-1] ** -0.5
     for image in range(len(query)):

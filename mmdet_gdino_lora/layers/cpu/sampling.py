@@ -1,4 +1,4 @@
-"""Multi-scale deformable sampling on the CPU as sparse products."""
+"""On the CPU multi-scale deformable sampling is computed as sparse products."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ warnings.filterwarnings('ignore', message='Sparse CSR tensor support is in beta'
 
 
 def sample_levels(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """Weighted bilinear samples, equal to mmcv's ``multi_scale_deformable_attn_pytorch``.
+    """Sample bilinearly and add up, as mmcv's ``multi_scale_deformable_attn_pytorch`` does.
 
     Deformable DETR, eq. 3. mmcv runs ``grid_sample`` per level on copies of the features and keeps
     all samples, [B, Q, heads, levels * points, D], for the backward pass. Seen as a matrix, the
@@ -41,7 +41,7 @@ def sample_levels(value: Tensor, shapes: Shapes, locations: Tensor, weights: Ten
 
 
 class _Points(NamedTuple):
-    """The sampling points of all N queries and heads; each lies between four positions.
+    """These are the sampling points of all N queries and heads; each lies between four positions.
 
     The corners are ordered (top, left), (top, right), (bottom, left), (bottom, right). N is the
     last dimension, so that whatever differs per level is one number for a long row.
@@ -61,7 +61,7 @@ class _Points(NamedTuple):
     lines_seen: Tensor
 
     def shares(self) -> Tensor:
-        """[2, 2, points, N]: what each corner (y, x) adds to its point; zero outside the level."""
+        """What each corner (y, x) adds to its point, zero outside the level: [2, 2, points, N]."""
         across = torch.stack((1 - self.x, self.x)).mul_(self.columns_seen)
         down = torch.stack((1 - self.y, self.y)).mul_(self.lines_seen)
         return down[:, None] * across
@@ -145,17 +145,17 @@ class _SampleLevels(torch.autograd.Function):
 
 
 def _by_point(weights: Tensor) -> Tensor:
-    """[B, Q, heads, levels, points] as [points of all levels, N]."""
+    """Turn [B, Q, heads, levels, points] into [points of all levels, N]."""
     return weights.reshape(-1, weights.shape[-2] * weights.shape[-1]).t().contiguous()
 
 
 def _by_query(entries: Tensor) -> Tensor:
-    """[2, 2, points, N] as [N, 4 * points], the order of `_Points.rows`."""
+    """Turn [2, 2, points, N] into [N, 4 * points], the order of `_Points.rows`."""
     return entries.flatten(0, 2).t().contiguous()
 
 
 def _transposed_product(rows: Tensor, shares: Tensor, grad: Tensor, num_rows: int) -> Tensor:
-    """The sampling matrix, transposed, times ``grad``: [num_rows, D].
+    """Multiply the transposed sampling matrix with ``grad``: [num_rows, D].
 
     In scipy: torch has no transposed sparse product that would not sort all entries first.
     """
@@ -167,7 +167,7 @@ def _transposed_product(rows: Tensor, shares: Tensor, grad: Tensor, num_rows: in
 
 
 def _dots(rows: Tensor, grad: Tensor, features: Tensor) -> Tensor:
-    """``grad[n] @ features[rows[n, i]]`` for every entry: the shape of ``rows``."""
+    """Compute ``grad[n] @ features[rows[n, i]]`` for every entry: the shape of ``rows``."""
     entries = torch.sparse_csr_tensor(
         _starts(rows),
         rows.flatten(),

@@ -1,0 +1,178 @@
+"""Deformable attention gives mmcv's kernel what it can compute, in every precision.
+
+No GPU is needed: the compiled functions are stood in for by ones that ask of their arguments what
+mmcv's CUDA source asks, and mmcv's own autograd function around them stays.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mmcv.ops import MultiScaleDeformableAttention
+from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+from torch import Tensor, nn
+
+from mmdet_gdino_lora.layers import deformable
+from mmdet_gdino_lora.layers.deformable import sampler
+from mmdet_gdino_lora.layers.exchange import exchange_layers
+from mmdet_gdino_lora.layers.levels import level_tensors
+from mmdet_gdino_lora.layers.precision import cast_frozen
+from tests.builders import WORDS, build, data_samples, detector_cfg
+
+LEVELS = [torch.zeros(1, 1, *size) for size in ((9, 7), (5, 4), (2, 3), (1, 1))]
+POSITIONS = sum(level.numel() for level in LEVELS)
+
+
+class Kernels:
+    """mmcv 2.1's ``ms_deform_attn_cuda.cu`` as far as its checks go."""
+
+    calls = 0
+
+    def _check(self, numbers: list[Tensor], shapes: Tensor, starts: Tensor, step: int) -> None:
+        assert numbers[0].dtype in (torch.float32, torch.float64, torch.float16), 'no such kernel'
+        assert {tensor.dtype for tensor in numbers} == {numbers[0].dtype}
+        assert shapes.dtype == starts.dtype == torch.int64
+        assert all(tensor.is_contiguous() for tensor in [*numbers, shapes, starts])
+        assert len(numbers[0]) % min(len(numbers[0]), step) == 0
+        self.calls += 1
+
+    def ms_deform_attn_forward(self, value, shapes, starts, locations, weights, im2col_step):
+        numbers = [value, locations, weights]
+        self._check(numbers, shapes, starts, im2col_step)
+        return self._compute(*numbers, shapes).to(value.dtype)
+
+    def ms_deform_attn_backward(
+        self, value, shapes, starts, locations, weights, slopes, *grads, im2col_step
+    ):
+        numbers = [value, locations, weights]
+        self._check([*numbers, slopes, *grads], shapes, starts, im2col_step)
+        with torch.enable_grad():
+            inputs = [tensor.detach().requires_grad_() for tensor in numbers]
+            out = self._compute(*inputs, shapes)
+        for grad, result in zip(grads, torch.autograd.grad(out, inputs, slopes.to(out.dtype))):
+            grad.copy_(result)
+
+    def _compute(self, value: Tensor, locations: Tensor, weights: Tensor, shapes: Tensor) -> Tensor:
+        exact = torch.promote_types(value.dtype, torch.float32)
+        numbers = (tensor.to(exact) for tensor in (locations, weights))
+        return multi_scale_deformable_attn_pytorch(value.to(exact), shapes.tolist(), *numbers)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """Every deformable attention runs as it does on a GPU; counts its calls."""
+    kernels = Kernels()
+    monkeypatch.setattr('mmcv.ops.multi_scale_deform_attn.ext_module', kernels)
+    monkeypatch.setattr(deformable, 'sampler', lambda *_: sampler('cuda', True))
+    return kernels
+
+
+def layer(batch_first: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    layer = MultiScaleDeformableAttention(32, 4, dropout=0.0, batch_first=batch_first)
+    nn.init.normal_(layer.sampling_offsets.weight, std=0.2)
+    nn.init.normal_(layer.attention_weights.weight, std=0.2)
+    return exchange_layers(layer)
+
+
+def outputs(layer: nn.Module, batch: int = 2, boxes: int = 4) -> dict[str, Tensor]:
+    """The result and all gradients, as float32."""
+    torch.manual_seed(1)
+    shapes, starts = level_tensors(LEVELS)
+    dtype = layer.output_proj.bias.dtype
+    query, value = torch.randn(batch, 6, 32).to(dtype), torch.randn(batch, POSITIONS, 32).to(dtype)
+    inputs = dict(query=query, value=value)
+    if not layer.batch_first:
+        inputs = {name: tensor.transpose(0, 1) for name, tensor in inputs.items()}
+    for tensor in inputs.values():
+        tensor.requires_grad_()
+    out = layer(
+        **inputs,
+        key_padding_mask=torch.rand(batch, POSITIONS) < 0.2,
+        reference_points=torch.rand(batch, 6, 4, boxes).to(dtype),
+        spatial_shapes=shapes,
+        level_start_index=starts,
+    )
+    (out * torch.randn(out.shape)).sum().backward()
+    trained = {name: p.grad for name, p in layer.named_parameters() if p.requires_grad}
+    grads = {**trained, **{name: tensor.grad for name, tensor in inputs.items()}}
+    return {name: tensor.float() for name, tensor in [('out', out.detach()), *grads.items()]}
+
+
+@pytest.mark.parametrize('boxes', [2, 4])
+@pytest.mark.parametrize('batch_first', [True, False])
+@pytest.mark.parametrize('precision', ['float32', 'float64', 'bfloat16', 'float16', 'half base'])
+def test_the_kernel_gives_the_cpus_numbers_and_gradients(
+    kernels: Kernels, monkeypatch, precision: str, batch_first: bool, boxes: int
+) -> None:
+    def run() -> dict[str, Tensor]:
+        module = layer(batch_first)
+        if precision == 'float64':
+            module.double()
+        if precision == 'half base':
+            module.requires_grad_(False)
+            cast_frozen(module, torch.bfloat16)
+        dtype = torch.float16 if precision == 'float16' else torch.bfloat16
+        with torch.autocast('cpu', dtype=dtype, enabled=precision not in ('float32', 'float64')):
+            return outputs(module, boxes=boxes)
+
+    on_gpu = run()
+    assert kernels.calls == 2  # forward and backward
+    monkeypatch.setattr(deformable, 'sampler', sampler)
+    on_cpu = run()
+    assert on_gpu.keys() == on_cpu.keys()
+    tolerance = 1e-4 if precision in ('float32', 'float64') else 2e-2
+    for name, expected in on_cpu.items():
+        assert torch.isfinite(expected).all()
+        error = (on_gpu[name] - expected).abs().max()
+        assert error <= tolerance * expected.abs().max(), name
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('has_ops', [True, False])
+def test_half_precision_rounds_no_location(
+    kernels: Kernels, dtype: torch.dtype, has_ops: bool
+) -> None:
+    # Zeros and ones in turn: a location that is off by a tenth of a cell is off by a tenth.
+    width = 167
+    shapes, starts = level_tensors([torch.zeros(1, 1, 1, width)])
+    value = (torch.arange(width) % 2).to(dtype).view(1, width, 1, 1)
+    x = torch.rand(1, 400, 1, 1, 1, generator=torch.Generator().manual_seed(0)) * 0.98 + 0.01
+    locations = torch.stack((x, torch.full_like(x, 0.5)), dim=-1)
+    out = sampler('cuda', has_ops)(value, shapes, starts, locations, torch.ones_like(x))
+    assert out.dtype == dtype
+    distance = (x.flatten().double() * width - 0.5) % 2
+    expected = torch.where(distance > 1, 2 - distance, distance)
+    error = (out.flatten().double() - expected).abs().max()
+    assert error < (4e-3 if dtype == torch.bfloat16 else 6e-4)
+
+
+@pytest.mark.parametrize('batch', [1, 3, 65])
+def test_any_number_of_images_fits_the_kernels_step(kernels: Kernels, batch: int) -> None:
+    outputs(layer(), batch)
+    assert kernels.calls == 2
+
+
+def test_devices_without_a_kernel_take_the_definition() -> None:
+    ways = {sampler(*given) for given in [('cpu', True), ('cuda', True), ('cuda', False)]}
+    assert len(ways) == 3
+    assert sampler('cpu', False) is sampler('cpu', True)
+    assert sampler('xpu', True) is sampler('cuda', False)
+
+
+@pytest.mark.parametrize('autocast', [None, torch.bfloat16, torch.float16])
+def test_a_detector_trains_through_the_kernel(
+    text_dir: str, base: str, kernels: Kernels, autocast: torch.dtype | None
+) -> None:
+    cfg = detector_cfg(text_dir, lora=dict(preset='all', r=2), base_checkpoint=base)
+    if autocast is None:
+        cfg.base_dtype = 'bfloat16'
+    detector = build(cfg).train()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.autocast('cpu', dtype=autocast, enabled=autocast is not None):
+        losses = detector(images, data_samples(WORDS[:4], (3, 1)), mode='loss')
+    sum(losses.values()).backward()
+    assert kernels.calls == 2 * (2 + 3)  # encoder and decoder layers
+    for name, parameter in detector.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
