@@ -7,13 +7,13 @@ from typing import TypeVar
 from mmcv.cnn.bricks.transformer import MultiheadAttention
 from mmcv.ops import MultiScaleDeformableAttention
 from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention
-from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
 from mmdet_gdino_lora.layers.attention import FusedMultiheadAttention
 from mmdet_gdino_lora.layers.deformable import FusedDeformableAttention
 from mmdet_gdino_lora.layers.fusion import FusedBiAttention
 from mmdet_gdino_lora.layers.linear import FoldedLoraLinear
+from mmdet_gdino_lora.peft_layers.layers import LoraLinear
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
     MultiheadAttention: FusedMultiheadAttention,
