@@ -1,7 +1,7 @@
 """Adapters: where they go, how they are stored, and what they stand on."""
 
 from mmdet_gdino_lora.lora.adapters import base_only, load_adapter, set_adapter
-from mmdet_gdino_lora.lora.inject.freezing import set_frozen_eval
+from mmdet_gdino_lora.lora.inject.freezing import evaluating, set_frozen_eval
 from mmdet_gdino_lora.lora.inject.gradients import GradientCheck
 from mmdet_gdino_lora.lora.inject.injection import inject
 from mmdet_gdino_lora.lora.inject.presets import GROUPS, PRESETS
@@ -21,6 +21,7 @@ __all__ = [
     'Report',
     'base_only',
     'describe',
+    'evaluating',
     'export_adapter',
     'inject',
     'install_hooks',

@@ -80,6 +80,7 @@ class LoraState:
         self.full_checkpoint = False
         self.switch = Switch()
         self._brought: frozenset[str] = frozenset()
+        self._changed: Optional[frozenset[str]] = None
 
     # ----------------------------------------------------------------------------- what happened
 
@@ -90,7 +91,7 @@ class LoraState:
             base: None for random weights.
         """
         self.base = base
-        self._brought = frozenset()
+        self._brought, self._changed = frozenset(), None
         self.switch.forget_base()
 
     def injected(self, injection: Injection) -> None:
@@ -99,7 +100,7 @@ class LoraState:
         Args:
             injection: What was decided there.
         """
-        self.injection = injection
+        self.injection, self._changed = injection, None
         self.switch.adapters_changed()
 
     def brought(self, names: Iterable[str]) -> None:
@@ -109,6 +110,7 @@ class LoraState:
             names: Plain names; factors of adapters among them don't count.
         """
         self._brought |= {name for name in names if not is_factor(name)}
+        self._changed = None
 
     def keeps_base_in_checkpoints(self, full: bool) -> None:
         """The user has decided what checkpoints hold.
@@ -147,11 +149,13 @@ class LoraState:
         They are trained, beside what is trained, rewritten by the adapter's initialisation, brought
         by a checkpoint, or absent from the base.
         """
-        names = self._brought | (self.base.absent if self.base else frozenset())
-        if self.injection:
-            names |= {name for name in self.injection.trained if not is_factor(name)}
-            names |= self.injection.buffers | self.injection.rewritten
-        return names
+        if self._changed is None:
+            names = self._brought | (self.base.absent if self.base else frozenset())
+            if self.injection:
+                names |= {name for name in self.injection.trained if not is_factor(name)}
+                names |= self.injection.buffers | self.injection.rewritten
+            self._changed = names
+        return self._changed
 
     def names_to_save(self, detector: nn.Module) -> set[str]:
         """What the base alone doesn't give: the trained adapter and whatever else differs.

@@ -26,6 +26,7 @@ Active = Union[str, Mapping[str, float]]
 class _Layer:
     """One of PEFT's layers, and by adapter the scaling that it has when it is not combined."""
 
+    name: str
     layer: BaseTunerLayer
     scalings: dict[str, float]
 
@@ -35,7 +36,7 @@ class Switch:
 
     A weight that is changed without low-rank factors (trained whole, or a norm's running statistic)
     has one value for each adapter and one in the base, and the detector holds the one that is
-    active. Lists of layers and places are made once, for a lesson switches twice in a step.
+    active. Lists of layers and places are made once, because distillation switches twice in a step.
 
     Attributes:
         active: What is on.
@@ -58,6 +59,19 @@ class Switch:
     def swapped(self) -> set[str]:
         """Plain names of the weights that some adapter changes without factors."""
         return {name for values in self._values.values() for name in values}
+
+    def parts(self, detector: nn.Module) -> set[str]:
+        """Top-level parts of a detector that are not the base's alone, whatever is active.
+
+        Args:
+            detector: An injected detector.
+
+        Returns:
+            Such as ``{'decoder', 'bbox_head'}``.
+        """
+        self._look(detector)
+        names = self.swapped.union(entry.name for entry in self._layers if entry.scalings)
+        return {name.partition('.')[0] for name in names}
 
     # ------------------------------------------------------------------------------ what happened
 
@@ -158,19 +172,22 @@ class Switch:
         """Writes the values that belong to a combination into the detector."""
         names = sorted(self.swapped)
         now = dict(zip(names, self._tensors(names)))
-        new: dict[str, Tensor] = {}
-        for name in names:
-            changes = [
+        changes = {
+            name: [
                 (w, self._values[n][name]) for n, w in weights.items() if name in self._values[n]
             ]
-            if len(changes) == 1 and changes[0][0] == 1:
-                new[name] = changes[0][1]
-                continue
-            value = self._base_values(now, base).get(name)
-            if value is None:  # the base's file may lack counters
-                continue
-            deltas = (weight * (changed.to(value.device) - value) for weight, changed in changes)
-            new[name] = sum(deltas, start=value)
+            for name in names
+        }
+        new = {n: c[0][1] for n, c in changes.items() if len(c) == 1 and c[0][0] == 1}
+        if len(new) < len(names):
+            values = self._base_values(now, base)
+            for name in names:
+                if name not in new and name in values:  # the base's file may lack counters
+                    value = values[name]
+                    deltas = (
+                        w * (changed.to(value.device) - value) for w, changed in changes[name]
+                    )
+                    new[name] = sum(deltas, start=value)
         _copy([now[name] for name in new], list(new.values()))
         # Autocast remembers casts of weights, and doesn't notice that they have changed since.
         torch.clear_autocast_cache()
@@ -184,7 +201,7 @@ class Switch:
             self._base = {name: weights[name].to(t) for name, t in now.items() if name in weights}
             self._asked = set(now)
         for name, value in self._base.items():
-            if value.device != now[name].device:
+            if name in now and value.device != now[name].device:
                 self._base[name] = value.to(now[name].device)
         return self._base
 
@@ -199,8 +216,12 @@ class Switch:
         }
         known = {id(entry.layer): entry.scalings for entry in self._layers}
         self._layers = [
-            _Layer(layer, {n: known.get(id(layer), {}).get(n, s) for n, s in layer.scaling.items()})
-            for _, layer in every_adapter_layer(detector)
+            _Layer(
+                name,
+                layer,
+                {n: known.get(id(layer), {}).get(n, s) for n, s in layer.scaling.items()},
+            )
+            for name, layer in every_adapter_layer(detector)
         ]
 
     def _tensors(self, names: Iterable[str]) -> list[Tensor]:

@@ -83,4 +83,6 @@ def enable(layer: BaseTunerLayer, enabled: bool) -> None:
         layer: One of PEFT's layers.
         enabled: False for the base alone.
     """
-    layer._disable_adapters = not enabled
+    # A plain entry, past nn.Module's __setattr__, which looks for parameters first:
+    # distillation sets hundreds of these twice in a step.
+    vars(layer)['_disable_adapters'] = not enabled
