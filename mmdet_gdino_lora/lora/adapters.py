@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Optional, Union
 
 import torch
+from mmengine.logging import MMLogger
 from peft import LoraConfig
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from mmdet_gdino_lora.lora.store.checkpoint import RECORD, check_base
 from mmdet_gdino_lora.lora.store.folder import PEFT_PREFIX
 from mmdet_gdino_lora.lora.tensors import ADAPTER, base_name, is_factor
 from mmdet_gdino_lora.peft_layers.insertion import insert, take_out
+from mmdet_gdino_lora.peft_layers.out_proj import in_todays_count
 
 
 @torch.no_grad()
@@ -43,8 +45,8 @@ def load_adapter(detector: nn.Module, source: str, name: str) -> None:
     if not name or '.' in name:
         raise ConfigError(f'adapter {name!r}: a name needs a letter and must not have a dot.')
     weights, note = _read(source)
-    if note.get('base'):
-        check_base(detector, note['base'])
+    _check_base(detector, note, source)
+    weights = in_todays_count(weights, note.get('attention_output_factor'))
     requires_grad = {base_name(n): p.requires_grad for n, p in detector.named_parameters()}
     insert(_config(note, source), detector, name)
     state.switch.adapters_changed()
@@ -100,6 +102,24 @@ def base_only(detector: nn.Module) -> Iterator[None]:
     """
     with _injected(detector).switch.off(detector, partial(base_of, detector)):
         yield
+
+
+def _check_base(detector: nn.Module, note: Mapping[str, Any], source: str) -> None:
+    """Sees to it that the adapter meets the base that it was trained on, if that is known."""
+    if note.get('base'):
+        check_base(detector, note['base'])
+    elif lora_state(detector).base is None:
+        raise ConfigError(
+            f'{source} has no record of the base that the adapter was trained on, and this '
+            'detector stands on random weights; set model.base_checkpoint to that base.'
+        )
+    else:
+        MMLogger.get_current_instance().warning(
+            '%s has no record of the base that the adapter was trained on; whether it was %s is '
+            'not known.',
+            source,
+            lora_state(detector).base,
+        )
 
 
 def _injected(detector: nn.Module) -> LoraState:

@@ -60,6 +60,11 @@ class Switch:
         """Plain names of the weights that some adapter changes without factors."""
         return {name for values in self._values.values() for name in values}
 
+    @property
+    def set_aside(self) -> Mapping[str, Tensor]:
+        """What the trained adapter changes without factors, while something else is on."""
+        return {} if self.active == ADAPTER else self._values[ADAPTER]
+
     def parts(self, detector: nn.Module) -> set[str]:
         """Top-level parts of a detector that are not the base's alone, whatever is active.
 

@@ -65,12 +65,27 @@ def free_parameters(detector: nn.Module, patterns: Sequence[str]) -> None:
     Args:
         detector: An injected detector.
         patterns: As of :func:`free_patterns`.
+
+    Raises:
+        ConfigError: For a pattern that matches nothing that stays trainable.
     """
     base = lora_state(detector).base
     for name, parameter in detector.named_parameters():
         absent = name == LABEL_EMBEDDING and (base is None or LABEL_EMBEDDING in base.absent)
         if absent or any(re.search(pattern, base_name(name)) for pattern in patterns):
             parameter.requires_grad_(True)
+    # Backbones freeze their frozen_stages again whenever training mode is set.
+    training = detector.training
+    detector.train()
+    trained = {base_name(name) for name, p in detector.named_parameters() if p.requires_grad}
+    detector.train(training)
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in trained):
+            raise ConfigError(
+                f'{pattern!r} in trainable or lora.modules_to_save matches only parameters that '
+                'backbone.frozen_stages freezes; set backbone.frozen_stages=-1 (the base stays '
+                'frozen anyway) or leave it out.'
+            )
 
 
 def set_frozen_eval(detector: nn.Module) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Optional
 
 from mmengine.logging import MMLogger
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from mmdet_gdino_lora.engine.runner_config import runner_config
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora.state import Base, lora_state
-from mmdet_gdino_lora.lora.store.base import base_weights, fit_base, in_mmdet_names
+from mmdet_gdino_lora.lora.store.base import base_of, base_weights, fit_base, in_mmdet_names
 from mmdet_gdino_lora.lora.tensors import (
     ADAPTER,
     LABEL_EMBEDDING,
@@ -31,7 +32,7 @@ from mmdet_gdino_lora.lora.tensors import (
     named_tensors,
 )
 from mmdet_gdino_lora.peft_layers.insertion import reads_base
-from mmdet_gdino_lora.peft_layers.out_proj import peft_out_proj_factor
+from mmdet_gdino_lora.peft_layers.out_proj import in_todays_count, peft_out_proj_factor
 
 RECORD = 'mmdet_gdino_lora'
 """Key of the record in a state dict's metadata, and in a safetensors file's."""
@@ -92,6 +93,9 @@ def _keep_what_differs(
     if state.config is None:
         return
     local_metadata[RECORD] = record(detector)
+    for name in state_dict if state.switch.set_aside else ():
+        plain = base_name(name.removeprefix(prefix))
+        state_dict[name] = state.switch.set_aside.get(plain, state_dict[name])
     if state.full_checkpoint or state.base is None or not state.base.source:
         return
     kept = {prefix + name for name in state.names_to_save(detector)}
@@ -122,6 +126,8 @@ def _load(
                 'config that it was trained with, or merge it with tools/merge_adapter.py.'
             )
         return
+    if state.switch.active != ADAPTER:  # whose weights these are
+        state.switch.to(detector, ADAPTER, partial(base_of, detector))
     if any('.lora_' in name for name in incoming):
         incoming = _from_adapter(detector, incoming, note)
     else:
@@ -168,7 +174,7 @@ def _from_adapter(
         if base:
             check_base(detector, base)
         state.brought(base_name(name) for name in found)
-    return _with_todays_factor(found, note)
+    return in_todays_count(found, (note or {}).get('attention_output_factor'))
 
 
 def _check_adapter(
@@ -246,17 +252,3 @@ def check_base(detector: nn.Module, base: Mapping[str, Any]) -> None:
             f'the adapter was trained on the base {wanted} and the model stands on {state.base}, '
             f'whose {", ".join(differing)} differ; set base_checkpoint to the former.'
         )
-
-
-def _with_todays_factor(
-    found: dict[str, Tensor], note: Optional[Mapping[str, Any]]
-) -> dict[str, Tensor]:
-    """Keeps an attention output adapter's meaning where the installed PEFT counts it otherwise."""
-    ratio = (note or {}).get('attention_output_factor', peft_out_proj_factor())
-    ratio /= peft_out_proj_factor()
-    if ratio == 1:
-        return found
-    return {
-        name: value * ratio if f'.out_proj.lora_B.{ADAPTER}' in name else value
-        for name, value in found.items()
-    }
