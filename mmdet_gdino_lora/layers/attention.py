@@ -57,16 +57,9 @@ class FusedMultiheadAttention(MultiheadAttention):
         """
         weights = read_attention(self.attn)
         if weights is None or not _is_known(weights):
+            masks = dict(attn_mask=attn_mask, key_padding_mask=key_padding_mask)
             return super().forward(
-                query,
-                key,
-                value,
-                identity,
-                query_pos,
-                key_pos,
-                attn_mask=attn_mask,
-                key_padding_mask=key_padding_mask,
-                **kwargs,
+                query, key, value, identity, query_pos, key_pos, **masks, **kwargs
             )
         key = query if key is None else key
         value = key if value is None else value

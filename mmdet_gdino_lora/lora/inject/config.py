@@ -109,21 +109,23 @@ def resolve_targets(
     return targets
 
 
-def check_variant(config: LoraConfig, targets: Mapping[str, nn.Module]) -> None:
+def check_variant(config: LoraConfig, detector: nn.Module, targets: Sequence[str]) -> None:
     """Tries the adapter on one layer of each kind, so that the error can name all that refuse.
 
     Args:
         config: The adapter's config.
-        targets: The modules that are to get it, by name.
+        detector: A detector that has not been injected yet.
+        targets: Names of the modules that are to get it.
 
     Raises:
         ConfigError: For kinds of layers that can't carry this adapter.
     """
     kinds: dict[type, list[str]] = {}
-    for name, module in targets.items():
-        kinds.setdefault(type(module), []).append(name)
+    modules = adaptable_modules(detector)
+    for name in targets:
+        kinds.setdefault(type(modules[name]), []).append(name)
     for kind, names in kinds.items():
-        probe = nn.ModuleDict({'probe': copy.deepcopy(targets[names[0]])})
+        probe = nn.ModuleDict({'probe': copy.deepcopy(modules[names[0]])})
         only = dataclasses.replace(config, target_modules=['probe'], rank_pattern={})
         reason = None
         if config.lora_bias and issubclass(kind, nn.MultiheadAttention):

@@ -20,7 +20,7 @@ from mmdet_gdino_lora.lora.inject.config import (
     resolve_targets,
 )
 from mmdet_gdino_lora.lora.inject.freezing import free_parameters, free_patterns
-from mmdet_gdino_lora.lora.inject.presets import adaptable_modules, as_pattern
+from mmdet_gdino_lora.lora.inject.presets import as_pattern
 from mmdet_gdino_lora.lora.inject.report import Report, describe
 from mmdet_gdino_lora.lora.state import Injection, lora_state
 from mmdet_gdino_lora.lora.tensors import ADAPTER, base_name, buffers_beside, plain_tensors
@@ -65,8 +65,7 @@ def inject(
         layers_to_transform=None,
         layers_pattern=None,
     )
-    modules = adaptable_modules(detector)
-    check_variant(config, {name: modules[name] for name in targets})
+    check_variant(config, detector, targets)
     _check_base(detector, config)
     before = _weights_at_risk(detector, config, targets)
     try:
