@@ -72,7 +72,6 @@ def inject(
         insert(config, detector, ADAPTER)
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise ConfigError(f'lora={fields}: PEFT refuses to inject this adapter: {error}') from error
-
     free_parameters(detector, patterns)
     trained = {name for name, p in detector.named_parameters() if p.requires_grad}
     now = plain_tensors(detector)
