@@ -122,12 +122,7 @@ class LoRAGroundingDINO(GroundingDINO):
                     'model.retain holds adapters to their base, and this model has none; set '
                     'model.lora as well.'
                 )
-            try:
-                self.retention = Retention(self.language_model.caption_tokenizer, **retain)
-            except TypeError:
-                raise ConfigError(
-                    f'model.retain={dict(retain)!r} has other keys than names, weight and every.'
-                ) from None
+            self.retention = Retention.from_config(self.language_model.caption_tokenizer, retain)
         self._check_adapters = check_adapters and lora is not None
         self._gradient_check: Optional[GradientCheck] = None
         self._boxes_in_last_step = 0
@@ -423,20 +418,20 @@ class LoRAGroundingDINO(GroundingDINO):
             The head's components under the criterion's names.
         """
         self._watch_gradients(batch_data_samples)
-        lesson = None
+        teacher = None
         if self.retention is not None and self.training and self.retention.is_due():
             # Before any graph exists: to be the base, freed parameters change in place.
-            lesson = self.retention.teach(self, batch_inputs, batch_data_samples)
+            teacher = self.retention.ask_teacher(self, batch_inputs, batch_data_samples)
         captions = self.captions(batch_data_samples)
         text_dict = self.encode_text(captions)
         self._targets.attach(batch_data_samples, captions, text_dict['text_token_mask'])
-        features = lesson and lesson.features
+        features = None if teacher is None else teacher.features
         if features is None:
             features = self.extract_feat(batch_inputs)
         head_inputs = self.forward_transformer(features, text_dict, batch_data_samples)
         losses = self.bbox_head.loss(**head_inputs, batch_data_samples=batch_data_samples)
-        if lesson is not None:
-            losses.update(self.retention.loss(self, features, batch_data_samples, lesson))
+        if teacher is not None:
+            losses.update(self.retention.loss(self, features, batch_data_samples, teacher))
         return losses
 
     def _watch_gradients(self, batch_data_samples: SampleList) -> None:

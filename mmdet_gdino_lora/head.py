@@ -21,7 +21,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from mmdet_gdino_lora.objective import GroundingDINOCriterion
-from mmdet_gdino_lora.objective.host import to_device
+from mmdet_gdino_lora.transfer import to_device
 
 LOSSES = dict(
     loss_cls=('FocalLoss', dict(loss_weight='ce_weight', alpha='focal_alpha', gamma='focal_gamma')),

@@ -3,13 +3,14 @@
 Adapters that learn new classes bend whatever they touch, and a detector that never sees the old
 classes again forgets them. Here the training images are shown a second time under a caption of
 names that must survive, to the base (adapters off) and to the adapted model, and the adapted
-outputs are held to the base's: learning without forgetting (Li and Hoiem, 2016) with the frozen
-base as the teacher. No second model and none of the data that the base was trained on is needed.
+outputs are held to the base's. This is knowledge distillation from the frozen base as the teacher,
+as in learning without forgetting (Li and Hoiem, 2016). No second model and none of the data that
+the base was trained on is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -22,7 +23,7 @@ from mmengine.logging import MessageHub
 from torch import Tensor, nn
 
 from mmdet_gdino_lora.errors import ConfigError
-from mmdet_gdino_lora.lora import base_only, lora_state
+from mmdet_gdino_lora.lora import base_only, evaluating, lora_state
 from mmdet_gdino_lora.objective.boxes import l1_and_giou
 from mmdet_gdino_lora.text import CaptionTokenizer, TokenizedCaption
 
@@ -60,24 +61,24 @@ class Outputs(NamedTuple):
     """Of every decoder layer and, last, of the encoder's proposals, for the same queries.
 
     Attributes:
-        logits: L + 1 times [B, Q, T], -inf at padding.
-        boxes: L + 1 times [B, Q, 4], (cx, cy, w, h) in 0..1.
+        logits: [L + 1, B, Q, T], -inf at padding.
+        boxes: [L + 1, B, Q, 4], (cx, cy, w, h) in 0..1.
         positions: int64 [B, Q], the encoder's positions that became the queries.
         references: [B, Q, 4], the boxes that the decoder started from.
     """
 
-    logits: list[Tensor]
-    boxes: list[Tensor]
+    logits: Tensor
+    boxes: Tensor
     positions: Tensor
     references: Tensor
 
 
-class Lesson(NamedTuple):
-    """What the base says of a batch.
+class Teacher(NamedTuple):
+    """What the base, as the teacher, makes of a batch.
 
     Attributes:
         caption: The names that it was asked for.
-        outputs: Its answer, without gradient.
+        outputs: Its outputs, without gradient.
         features: The image tower's, where the adapted one has the same.
         encoded: The encoder's outputs, where the adapted one has the same.
     """
@@ -96,9 +97,10 @@ class Retention:
 
     Args:
         tokenizer: Of the detector's text encoder.
-        names: Class names that must survive. Of more than a caption holds, each lesson draws some.
+        names: Class names that must survive. Of more than a caption holds, some are drawn
+            each time.
         weight: Of the retention loss beside the objective; more keeps more and learns less.
-        every: Only every so many-th iteration is a lesson, which costs and holds so much less.
+        every: Only every so many-th iteration distils, which costs and holds so much less.
 
     Raises:
         ConfigError: No names, a name that can't be prompted, or numbers out of range.
@@ -134,14 +136,35 @@ class Retention:
                 'tokens that a caption has for it; shorten it or leave it out'
             )
 
+    @classmethod
+    def from_config(cls, tokenizer: CaptionTokenizer, settings: Mapping[str, Any]) -> Retention:
+        """As the constructor, from the config's ``retain``.
+
+        Args:
+            tokenizer: Of the detector's text encoder.
+            settings: Values by key.
+
+        Returns:
+            The retention.
+
+        Raises:
+            ConfigError: For another key, and as the constructor.
+        """
+        known = ('names', 'weight', 'every')
+        if not isinstance(settings, Mapping) or not set(settings) <= set(known):
+            raise ConfigError(
+                f'model.retain={settings!r} is no dict of the keys names, weight and every'
+            )
+        return cls(tokenizer, **settings)
+
     def is_due(self) -> bool:
-        """Whether this iteration is a lesson."""
+        """Whether the teacher is asked in this iteration."""
         hub = MessageHub.get_current_instance()
         iteration = hub.get_info('iter') if 'iter' in hub.runtime_info else 0
         return iteration % self.every == 0
 
-    def teach(self, detector: nn.Module, inputs: Tensor, samples: SampleList) -> Lesson:
-        """Asks the base. To be called before the step's own forward pass.
+    def ask_teacher(self, detector: nn.Module, inputs: Tensor, samples: SampleList) -> Teacher:
+        """Runs the base. To be called before the step's own forward pass.
 
         Args:
             detector: The adapted detector.
@@ -154,32 +177,29 @@ class Retention:
         Raises:
             ConfigError: The base is random or of unknown origin.
         """
-        base = lora_state(detector).base
+        state = lora_state(detector)
+        base = state.base
         if base is None or not base.source:
             raise ConfigError(
                 'model.retain needs a base to learn from, and this one is random or of unknown '
                 'origin; set model.base_checkpoint or load_from.'
             )
         caption = self._caption()
-        training = detector.training
-        detector.eval()
-        try:
-            with torch.no_grad(), base_only(detector):
-                features = detector.extract_feat(inputs)
-                encoded = _encode(detector, features, samples, caption)
-                outputs = _decode(detector, encoded)
-        finally:
-            detector.train(training)
-        trained = {n.split('.')[0] for n, p in detector.named_parameters() if p.requires_grad}
-        return Lesson(
+        with torch.no_grad(), evaluating(detector), base_only(detector):
+            features = detector.extract_feat(inputs)
+            encoded = _encode(detector, features, samples, caption)
+            outputs = _decode(detector, encoded)
+        # Not what is trained now: a checkpoint may have brought more that isn't the base's.
+        differing = state.switch.parts(detector)
+        return Teacher(
             caption,
             outputs,
-            features if trained.isdisjoint(IMAGE_TOWER) else None,
-            encoded if trained <= BEHIND_ENCODER else None,
+            features if differing.isdisjoint(IMAGE_TOWER) else None,
+            encoded if differing <= BEHIND_ENCODER else None,
         )
 
     def loss(
-        self, detector: nn.Module, features: Sequence[Tensor], samples: SampleList, lesson: Lesson
+        self, detector: nn.Module, features: Sequence[Tensor], samples: SampleList, teacher: Teacher
     ) -> dict[str, Tensor]:
         """How far the adapted outputs are from the base's.
 
@@ -187,20 +207,23 @@ class Retention:
             detector: The adapted detector.
             features: Of the images.
             samples: Their data samples.
-            lesson: Of the same images.
+            teacher: Of the same images.
 
         Returns:
             Weighted ``loss_retain_ce``, ``loss_retain_bbox`` and ``loss_retain_giou``.
         """
-        encoded = lesson.encoded or _encode(detector, features, samples, lesson.caption)
-        parts = distance(_decode(detector, encoded, lesson.outputs), lesson.outputs)
+        encoded = teacher.encoded
+        if encoded is None:
+            encoded = _encode(detector, features, samples, teacher.caption)
+        student = _decode(detector, encoded, teacher.outputs)
+        parts = distillation_losses(student, teacher.outputs)
         return {
             f'loss_retain_{name}': value * (self.weight * WEIGHTS[name])
             for name, value in parts.items()
         }
 
     def _caption(self) -> TokenizedCaption:
-        """All names, or as many as fit, drawn anew for every lesson."""
+        """All names, or as many as fit, drawn anew each time."""
         lengths, tokenizer = self._lengths, self._tokenizer
         if lengths.sum() <= tokenizer.room:
             return tokenizer.from_names(self.names)
@@ -220,11 +243,13 @@ def _encode(
     return Encoded(detector.forward_encoder(**encoder_inputs, text_dict=text), decoder_inputs)
 
 
-def _decode(detector: nn.Module, encoded: Encoded, taught: Optional[Outputs] = None) -> Outputs:
-    """The detector's outputs; for the queries that the base selected, where it was asked before."""
+def _decode(detector: nn.Module, encoded: Encoded, teacher: Optional[Outputs] = None) -> Outputs:
+    """The detector's outputs; for the teacher's queries, where it was asked before."""
     encoded, decoder_inputs = encoded.outputs, encoded.decoder_inputs
-    proposals = detector.select_proposals(**encoded, positions=taught and taught.positions)
-    references = proposals.boxes.detach().sigmoid() if taught is None else taught.references
+    proposals = detector.select_proposals(
+        **encoded, positions=None if teacher is None else teacher.positions
+    )
+    references = proposals.boxes.detach().sigmoid() if teacher is None else teacher.references
     decoded = detector.forward_decoder(
         query=detector.query_embedding.weight[None].expand(len(references), -1, -1),
         memory=encoded['memory'],
@@ -240,49 +265,47 @@ def _decode(detector: nn.Module, encoded: Encoded, taught: Optional[Outputs] = N
         text_token_mask=encoded['text_token_mask'],
     )
     return Outputs(
-        [*logits.unbind(), proposals.logits],
-        [*boxes.unbind(), proposals.boxes.sigmoid()],
+        torch.cat([logits, proposals.logits[None]]),
+        torch.cat([boxes, proposals.boxes.sigmoid()[None]]),
         proposals.positions,
         references,
     )
 
 
-def distance(adapted: Outputs, taught: Outputs) -> dict[str, Tensor]:
-    """How far one set of outputs is from another.
+def distillation_losses(student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+    """How far the student's outputs are from the teacher's, all layers at once.
 
     Per layer, with the teacher's token probabilities p and scores s = max p of each query:
 
-    * ``ce``: Kullback-Leibler divergence of the adapted token probabilities from p, summed over
+    * ``ce``: Kullback-Leibler divergence of the student's token probabilities from p, summed over
       the tokens, mean over the queries;
     * ``bbox`` and ``giou``: L1 distance and 1 - GIoU of the boxes, summed with weight s and divided
       by the sum of s (over all ranks) or by 1, whichever is more: where the base sees nothing, its
       box means nothing.
 
     Args:
-        adapted: With gradient.
-        taught: The teacher's.
+        student: With gradient.
+        teacher: Without.
 
     Returns:
         Sums over the layers.
     """
-    parts: dict[str, list[Tensor]] = {name: [] for name in WEIGHTS}
-    for logits, boxes, base_logits, base_boxes in zip(
-        adapted.logits, adapted.boxes, taught.logits, taught.boxes
-    ):
-        valid = base_logits.isfinite()
-        target = base_logits.float().masked_fill(~valid, 0)
-        own = logits.float().masked_fill(~valid, 0)
-        p = target.sigmoid()
-        divergence = (
-            p * (F.logsigmoid(target) - F.logsigmoid(own))
-            + (1 - p) * (F.logsigmoid(-target) - F.logsigmoid(-own))
-        ).masked_fill(~valid, 0)
-        parts['ce'].append(divergence.sum(-1).mean())
-        score = p.masked_fill(~valid, 0).amax(-1).flatten()
-        score = score / reduce_mean(score.sum()).clamp(min=1 / get_world_size())
-        l1, giou = l1_and_giou(
-            boxes.flatten(0, 1).float().t(), base_boxes.flatten(0, 1).float().t()
-        )
-        parts['bbox'].append((score * l1).sum())
-        parts['giou'].append((score * (1 - giou)).sum())
-    return {name: torch.stack(values).sum() for name, values in parts.items()}
+    valid = teacher.logits.isfinite()
+    wanted = teacher.logits.float().masked_fill(~valid, 0)
+    found = student.logits.float().masked_fill(~valid, 0)
+    p = wanted.sigmoid()
+    divergence = (
+        p * (F.logsigmoid(wanted) - F.logsigmoid(found))
+        + (1 - p) * (F.logsigmoid(-wanted) - F.logsigmoid(-found))
+    ).masked_fill(~valid, 0)
+    score = p.masked_fill(~valid, 0).amax(-1).flatten(1)
+    total = reduce_mean(score.sum(1, keepdim=True)).clamp(min=1 / get_world_size())
+    score = (score / total).flatten()
+    l1, giou = l1_and_giou(
+        student.boxes.flatten(0, 2).float().t(), teacher.boxes.flatten(0, 2).float().t()
+    )
+    return dict(
+        ce=divergence.sum(-1).flatten(1).mean(1).sum(),
+        bbox=(score * l1).sum(),
+        giou=(score * (1 - giou)).sum(),
+    )

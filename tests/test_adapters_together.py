@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.runner.checkpoint import load_checkpoint
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora import base_only, export_adapter, load_adapter, set_adapter
 from mmdet_gdino_lora.lora.store.merge import merged_weights
-from tests.builders import build
+from mmdet_gdino_lora.lora.tensors import plain_tensors
+from tests.builders import build, detector_cfg
 from tests.detectors import detections, same, save, train
 
 TEXT_LORA = dict(preset='decoder+text', r=3, use_rslora=True)
@@ -158,3 +160,100 @@ def test_the_scaling_of_rslora_survives_switching(text_dir: str, base: str) -> N
         pass
     detector.set_adapter()
     assert layer.scaling['default'] == 2.0
+
+
+def test_the_statistics_of_trained_norms_are_switched_too(text_dir: str, tmp_path: Path) -> None:
+    neck = {**detector_cfg(text_dir)['neck'], 'norm_cfg': dict(type='BN', requires_grad=True)}
+    plain = build(text_dir, lora=None, neck=neck)
+    path = str(tmp_path / 'base.pth')
+    torch.save(plain.state_dict(), path)
+    detector = build(text_dir, neck=neck, base_checkpoint=path, trainable=[r'neck\..*\.bn'])
+    train(detector, steps=1)
+    tuned = {name: tensor.clone() for name, tensor in plain_tensors(detector).items()}
+    assert detector.neck.convs[0].bn.num_batches_tracked == 1
+    with base_only(detector):
+        for name, tensor in plain_tensors(detector).items():
+            assert torch.equal(tensor, plain.state_dict()[name]), name
+    for name, tensor in plain_tensors(detector).items():
+        assert torch.equal(tensor, tuned[name]), name
+    detector.set_adapter({'default': 0.5})
+    mean = 'neck.convs.0.bn.running_mean'
+    torch.testing.assert_close(
+        plain_tensors(detector)[mean], (plain.state_dict()[mean] + tuned[mean]) / 2
+    )
+
+
+def test_both_ways_of_loading_honour_the_recorded_count_of_attention_outputs(
+    text_dir: str,
+    base: str,
+    first: nn.Module,
+    tmp_path: Path,
+) -> None:
+    state_dict = first.state_dict()
+    record = state_dict._metadata['']['mmdet_gdino_lora']
+    record['attention_output_factor'] = 3 * record['attention_output_factor']
+    path = str(tmp_path / 'other_peft.pth')
+    torch.save(dict(meta={}, state_dict=state_dict), path)
+    alone = build(text_dir, base_checkpoint=base)
+    load_checkpoint(alone, path)
+    assert not same(detections(alone), detections(first))
+    beside = build(text_dir, base_checkpoint=base)
+    beside.load_adapter(path, 'second')
+    beside.set_adapter('second')
+    assert same(detections(beside), detections(alone))
+
+
+def test_an_adapter_without_record_is_not_put_on_random_weights(
+    text_dir: str,
+    base: str,
+    first: nn.Module,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = str(tmp_path / 'adapter')
+    export_adapter(first, folder)
+    weights = load_file(f'{folder}/adapter_model.safetensors')
+    save_file(weights, f'{folder}/adapter_model.safetensors', metadata={'format': 'pt'})
+    with pytest.raises(ConfigError, match='no record of the base.*model.base_checkpoint'):
+        build(text_dir).load_adapter(folder, 'second')
+    detector = build(text_dir, base_checkpoint=base)
+    detector.load_adapter(folder, 'second')
+    detector.set_adapter('second')
+    assert same(detections(detector), detections(first))
+
+
+def test_a_full_checkpoint_that_freed_more_than_the_config_leads_back_to_the_base(
+    text_dir: str,
+    base: str,
+    tmp_path: Path,
+) -> None:
+    options = dict(base_checkpoint=base, full_checkpoint=True)
+    freed = build(text_dir, trainable=['^neck', 'level_embed'], **options)
+    train(freed, steps=1)
+    detector = build(text_dir, **options)
+    load_checkpoint(detector, save(freed, tmp_path / 'freed.pth'))
+    assert same(detections(detector), detections(freed))
+    with base_only(detector):
+        plain = build(text_dir, lora=None, base_checkpoint=base)
+        assert same(detections(detector), detections(plain))
+    assert same(detections(detector), detections(freed))
+
+
+@pytest.mark.parametrize('active', [None, {'default': 0.5}], ids=['base', 'half'])
+def test_checkpoints_hold_the_trained_adapter_whatever_is_switched_on(
+    text_dir: str,
+    base: str,
+    first: nn.Module,
+    tmp_path: Path,
+    active: dict | None,
+) -> None:
+    path = save(first, tmp_path / 'first.pth')
+    detector = build(text_dir, base_checkpoint=base)
+    detector.set_adapter(active)
+    load_checkpoint(detector, path)
+    detector.set_adapter()
+    assert same(detections(detector), detections(first))
+    detector.set_adapter(active)
+    again = build(text_dir, base_checkpoint=base)
+    load_checkpoint(again, save(detector, tmp_path / 'again.pth'))
+    assert same(detections(again), detections(first))

@@ -56,7 +56,7 @@ def test_two_ranks_train_as_one_process_with_the_whole_batch(
     assert change(first, whole.model.state_dict()) < 0.02 * trained
 
 
-def test_every_preset_denoising_and_lessons_now_and_then_keep_the_ranks_together(
+def test_every_preset_denoising_and_a_teacher_now_and_then_keep_the_ranks_together(
     text_dir: str, base: str, tmp_path: Path
 ) -> None:
     settings = dict(lora=dict(preset='all', r=2), retain=dict(names=['bird', 'car'], every=2))

@@ -181,7 +181,7 @@ def test_any_field_of_the_peft_config_is_a_config_key(detector: nn.Module, varia
 
 
 def test_dora_works_on_linear_layers(detector: nn.Module) -> None:
-    lora_state(detector).base = Base('', {})
+    lora_state(detector).stands_on(Base('', {}))
     inject(detector, dict(use_dora=True, exclude_modules=['attn']))
     layer = detector.decoder.layers[0].ffn.layers[1]
     assert isinstance(layer, BaseTunerLayer) and layer.use_dora['default']

@@ -14,7 +14,8 @@ from torch.distributions import Bernoulli, kl_divergence
 
 from mmdet_gdino_lora import retain
 from mmdet_gdino_lora.errors import ConfigError
-from mmdet_gdino_lora.retain import Outputs, Retention, distance
+from mmdet_gdino_lora.lora import base_only, evaluating
+from mmdet_gdino_lora.retain import Outputs, Retention, distillation_losses
 from mmdet_gdino_lora.text import CaptionTokenizer
 from tests.builders import WORDS, build, data_samples
 from tests.detectors import train
@@ -59,7 +60,7 @@ def test_fresh_adapters_have_nothing_to_regain(text_dir: str, base: str) -> None
         assert abs(losses[name].item()) < 1e-6
 
 
-def test_the_lesson_pulls_the_adapted_outputs_back_to_the_base(
+def test_distillation_pulls_the_adapted_outputs_back_to_the_base(
     text_dir: str,
     base: str,
     forgetful: dict[str, Tensor],
@@ -78,24 +79,24 @@ def test_the_lesson_pulls_the_adapted_outputs_back_to_the_base(
     assert values[-1] < 0.5 * values[0]
 
 
-def test_objective_and_weights_are_untouched_by_the_lesson(
+def test_objective_and_weights_are_untouched_by_distillation(
     text_dir: str,
     base: str,
     forgetful: dict[str, Tensor],
 ) -> None:
     plain = detector_that_forgot(text_dir, base, forgetful)
-    taught = detector_that_forgot(text_dir, base, forgetful, retain=RETAIN)
-    before = {name: p.detach().clone() for name, p in taught.named_parameters()}
-    expected, losses = step(plain), step(taught)
+    retaining = detector_that_forgot(text_dir, base, forgetful, retain=RETAIN)
+    before = {name: p.detach().clone() for name, p in retaining.named_parameters()}
+    expected, losses = step(plain), step(retaining)
     assert all(torch.equal(losses[name], expected[name]) for name in expected)
     assert retained(losses) > 0
-    assert all(torch.equal(p, before[name]) for name, p in taught.named_parameters())
-    assert taught.training
+    assert all(torch.equal(p, before[name]) for name, p in retaining.named_parameters())
+    assert retaining.training
 
     sum(expected.values()).backward()
     sum(value for name, value in losses.items() if 'retain' not in name).backward()
     gradients = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
-    for name, parameter in taught.named_parameters():
+    for name, parameter in retaining.named_parameters():
         assert parameter.requires_grad == (name in gradients)
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-5, atol=1e-6)
@@ -134,28 +135,28 @@ def test_every_part_can_be_adapted_and_freed_beside_it(
     sum(losses.values()).backward()
 
 
-def test_only_every_so_many_th_iteration_is_a_lesson(text_dir: str, base: str) -> None:
+def test_only_every_so_many_th_iteration_distils(text_dir: str, base: str) -> None:
     detector = build(text_dir, base_checkpoint=base, retain=dict(RETAIN, every=3))
     hub = MessageHub.get_current_instance()
-    lessons = []
+    asked = []
     for iteration in range(7):
         hub.update_info('iter', iteration)
-        lessons.append('loss_retain_ce' in step(detector))
-    assert lessons == [True, False, False] * 2 + [True]
+        asked.append('loss_retain_ce' in step(detector))
+    assert asked == [True, False, False] * 2 + [True]
 
 
 def test_the_objective_is_untouched_in_mixed_precision_as_well(
     text_dir: str, base: str, forgetful: dict[str, Tensor]
 ) -> None:
-    # Autocast remembers the casts of weights, which are the base's during the lesson.
+    # Autocast remembers the casts of weights, which are the base's while it teaches.
     losses = []
     for retained_names in (None, RETAIN):
         detector = detector_that_forgot(text_dir, base, forgetful, retain=retained_names)
         with torch.autocast('cpu', dtype=torch.bfloat16):
             losses.append(step(detector))
-    plain, taught = losses
-    assert all(torch.equal(taught[name], plain[name]) for name in plain)
-    sum(taught.values()).backward()
+    plain, retaining = losses
+    assert all(torch.equal(retaining[name], plain[name]) for name in plain)
+    sum(retaining.values()).backward()
     trained = [p for p in detector.parameters() if p.requires_grad]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
 
@@ -168,7 +169,7 @@ def test_a_base_in_half_the_bytes_teaches_as_well(text_dir: str, base: str) -> N
     sum(losses.values()).backward()
 
 
-def test_validation_has_no_lesson(text_dir: str, base: str) -> None:
+def test_validation_does_not_distil(text_dir: str, base: str) -> None:
     detector = build(text_dir, base_checkpoint=base, retain=RETAIN).eval()
     losses = detector.loss(torch.randn(1, 3, 48, 48), data_samples(WORDS[:4], [2], size=48))
     assert not any('retain' in name for name in losses)
@@ -177,29 +178,35 @@ def test_validation_has_no_lesson(text_dir: str, base: str) -> None:
 def test_distance_is_the_divergence_and_the_weighted_box_losses_of_other_libraries() -> None:
     torch.manual_seed(0)
 
-    def outputs() -> Outputs:
-        logits = torch.randn(2, 5, 4, dtype=torch.float64) * 3
-        logits[1, :, 3] = -torch.inf
-        boxes = torch.rand(2, 5, 4, dtype=torch.float64) * 0.5 + 0.1
-        return Outputs([logits], [boxes], torch.zeros(2, 5), boxes)
+    def outputs(layers: int) -> Outputs:
+        logits = torch.randn(layers, 2, 5, 4, dtype=torch.float64) * 3
+        logits[:, 1, :, 3] = -torch.inf
+        boxes = torch.rand(layers, 2, 5, 4, dtype=torch.float64) * 0.5 + 0.1
+        return Outputs(logits, boxes, torch.zeros(2, 5), boxes[0])
 
-    adapted, taught = outputs(), outputs()
-    found = distance(adapted, taught)
-    valid = taught.logits[0].isfinite()
-    one, other = (
-        Bernoulli(logits=x.logits[0].masked_fill(~valid, 0).float()) for x in (taught, adapted)
-    )
+    def layer(of: Outputs, index: int) -> Outputs:
+        return of._replace(logits=of.logits[index, None], boxes=of.boxes[index, None])
+
+    student, teacher = outputs(3), outputs(3)
+    layers = [distillation_losses(layer(student, i), layer(teacher, i)) for i in range(3)]
+    for name, value in distillation_losses(student, teacher).items():
+        torch.testing.assert_close(value, sum(losses[name] for losses in layers))
+
+    found = layers[0]
+    logits, base_logits = student.logits[0], teacher.logits[0]
+    valid = base_logits.isfinite()
+    one, other = (Bernoulli(logits=x.masked_fill(~valid, 0).float()) for x in (base_logits, logits))
     expected = kl_divergence(one, other).masked_fill(~valid, 0).sum(-1).mean()
     torch.testing.assert_close(found['ce'], expected)
 
-    score = taught.logits[0].sigmoid().amax(-1).flatten().float()
+    score = base_logits.sigmoid().amax(-1).flatten().float()
     score = score / score.sum()
-    boxes, base_boxes = (x.boxes[0].flatten(0, 1).float() for x in (adapted, taught))
+    boxes, base_boxes = (x.boxes[0].flatten(0, 1).float() for x in (student, teacher))
     l1 = (boxes - base_boxes).abs().sum(-1)
     torch.testing.assert_close(found['bbox'], (score * l1).sum())
     assert found['bbox'] > 0
-    faint = Outputs([taught.logits[0] - 20], taught.boxes, taught.positions, taught.references)
-    assert distance(adapted, faint)['bbox'] < 1e-5  # no sum to divide by blows it up
+    faint = teacher._replace(logits=teacher.logits - 20)
+    assert distillation_losses(student, faint)['bbox'] < 1e-5  # no sum to divide by blows it up
     giou = GIoULoss(reduction='none')(bbox_cxcywh_to_xyxy(boxes), bbox_cxcywh_to_xyxy(base_boxes))
     torch.testing.assert_close(found['giou'], (score * giou).sum(), rtol=1e-4, atol=1e-5)
 
@@ -234,7 +241,7 @@ def test_without_adapters_there_is_nothing_to_hold(text_dir: str) -> None:
         build(text_dir, lora=None, retain=RETAIN)
 
 
-def test_of_more_names_than_a_caption_holds_every_lesson_draws_some(
+def test_of_more_names_than_a_caption_holds_some_are_drawn_each_time(
     text_dir: str,
     base: str,
 ) -> None:
@@ -245,3 +252,89 @@ def test_of_more_names_than_a_caption_holds_every_lesson_draws_some(
         assert 200 < caption.num_tokens <= 256 and set(caption.names) <= set(names)
     assert first.names != second.names
     assert 'loss_retain_ce' in step(detector)
+
+
+def test_a_checkpoint_that_freed_more_than_the_config_trains_keeps_its_features(
+    text_dir: str, base: str
+) -> None:
+    freed = build(text_dir, base_checkpoint=base, trainable=['^neck', '^encoder.text_layers'])
+    with torch.no_grad():
+        for name, parameter in freed.named_parameters():
+            if name.startswith(('neck', 'encoder.text_layers')):
+                parameter.mul_(1.5)
+    plain, retaining = (build(text_dir, base_checkpoint=base, retain=r) for r in (None, RETAIN))
+    for detector in (plain, retaining):
+        detector.load_state_dict(freed.state_dict())
+    expected, losses = step(plain), step(retaining)
+    assert all(torch.equal(losses[name], expected[name]) for name in expected)
+    # A student with the base's features would be nearer to its teacher.
+    assert retained(losses) > 1e-3
+
+
+def test_the_student_answers_for_the_queries_of_its_teacher(
+    text_dir: str, base: str, forgetful: dict[str, Tensor]
+) -> None:
+    lora = dict(preset='encoder+decoder', r=4)
+    detector = build(text_dir, base_checkpoint=base, lora=lora, retain=RETAIN).eval()
+    with torch.no_grad():
+        for name, parameter in detector.named_parameters():
+            if 'lora_B' in name and name.startswith('encoder'):
+                parameter.normal_(std=0.1)
+    samples = data_samples(WORDS[:4], [3, 2], size=48)
+    images = torch.randn(2, 3, 48, 48)
+    teacher = detector.retention.ask_teacher(detector, images, samples)
+    encoded = retain._encode(detector, detector.extract_feat(images), samples, teacher.caption)
+    alone = retain._decode(detector, encoded)
+    student = retain._decode(detector, encoded, teacher.outputs)
+    assert not torch.equal(alone.positions, teacher.outputs.positions)
+    assert torch.equal(student.positions, teacher.outputs.positions)
+    assert torch.equal(student.references, teacher.outputs.references)
+    picked = alone.logits[-1].isfinite() & student.logits[-1].isfinite()
+    assert not torch.allclose(alone.logits[-1][picked], student.logits[-1][picked])
+
+
+def test_asking_the_teacher_walks_over_no_modules_and_waits_once_for_the_ranks(
+    text_dir: str, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = build(text_dir, base_checkpoint=base, retain=RETAIN)
+    step(detector)
+    calls: list[str] = []
+
+    def counted(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for walk in ('named_modules', 'modules', 'named_parameters', 'parameters', 'train'):
+        counted(nn.Module, walk)
+    with base_only(detector), evaluating(detector):
+        assert not any(module.training for module in detector.children())
+    assert calls == []
+    counted(retain, 'reduce_mean')
+    step(detector)
+    assert calls.count('reduce_mean') == 1
+
+
+def test_every_module_is_in_its_own_mode_again(text_dir: str, base: str) -> None:
+    detector = build(text_dir, base_checkpoint=base).train()
+    before = [module.training for module in detector.modules()]
+    assert len(set(before)) == 2
+    with pytest.raises(KeyboardInterrupt), evaluating(detector):
+        assert not any(module.training for module in detector.modules())
+        raise KeyboardInterrupt
+    assert [module.training for module in detector.modules()] == before
+
+
+def test_an_error_inside_is_not_taken_for_an_unknown_key(
+    text_dir: str, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise TypeError('broken vocabulary')
+
+    monkeypatch.setattr(CaptionTokenizer, 'lengths', broken)
+    with pytest.raises(TypeError, match='broken vocabulary'):
+        build(text_dir, base_checkpoint=base, retain=RETAIN)

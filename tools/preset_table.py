@@ -54,8 +54,8 @@ def preset_table(cfg, name: str, rank: int = 16) -> str:
     from mmdet.utils import register_all_modules
 
     from mmdet_gdino_lora.lora import GROUPS
-    from mmdet_gdino_lora.lora.inject.injection import adapter_layers
     from mmdet_gdino_lora.lora.inject.presets import group_of
+    from mmdet_gdino_lora.peft_layers.layers import adapter_layers
 
     register_all_modules()
     cfg.model.update(base_checkpoint=None, lora=dict(preset='all', r=rank))

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import torch
 from mmcv.cnn.bricks.transformer import MultiheadAttention
-from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.lora.layer import MultiheadAttention as LoraMultiheadAttention
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdet_gdino_lora.layers.cpu.dropout import attend
 from mmdet_gdino_lora.layers.linear import adapted_linear
-from mmdet_gdino_lora.peft_layers.adapter import active_adapters, is_plain_lora
-from mmdet_gdino_lora.peft_layers.out_proj import peft_out_proj_factor
+from mmdet_gdino_lora.peft_layers.attention import AttentionWeights, read_attention
 
 
 class LeanMultiheadAttention(MultiheadAttention):
@@ -58,17 +55,11 @@ class LeanMultiheadAttention(MultiheadAttention):
         Returns:
             The shape of ``query``.
         """
-        if not self._is_known():
+        weights = read_attention(self.attn)
+        if weights is None or not _is_known(weights):
+            masks = dict(attn_mask=attn_mask, key_padding_mask=key_padding_mask)
             return super().forward(
-                query,
-                key,
-                value,
-                identity,
-                query_pos,
-                key_pos,
-                attn_mask,
-                key_padding_mask,
-                **kwargs,
+                query, key, value, identity, query_pos, key_pos, **masks, **kwargs
             )
         key = query if key is None else key
         value = key if value is None else value
@@ -84,73 +75,57 @@ class LeanMultiheadAttention(MultiheadAttention):
             query = query.transpose(0, 1)
             key = query if together[0] else key.transpose(0, 1)
             value = key if together[1] else value.transpose(0, 1)
-        out = self._attend(query, key, value, attn_mask, key_padding_mask)
+
+        out = _attend(weights, query, key, value, attn_mask, key_padding_mask)
         if not self.batch_first:
             out = out.transpose(0, 1)
         return identity + self.dropout_layer(self.proj_drop(out))
 
-    def _is_known(self) -> bool:
-        """Whether ``self.attn`` is a layer whose forward is rewritten here."""
-        attn = self.attn
-        base = attn
-        if isinstance(attn, LoraMultiheadAttention):
-            base = attn.base_layer
-            if not is_plain_lora(attn) or not is_plain_lora(base.out_proj):
-                return False
-        return (
-            isinstance(base, nn.MultiheadAttention)
-            and base._qkv_same_embed_dim
-            and base.bias_k is None
-            and not base.add_zero_attn
+
+def _is_known(weights: AttentionWeights) -> bool:
+    """Whether this is an attention whose forward is rewritten here."""
+    base = weights.attention
+    return base._qkv_same_embed_dim and base.bias_k is None and not base.add_zero_attn
+
+
+def _attend(
+    weights: AttentionWeights,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+) -> Tensor:
+    """Project, attend and project out; batch first."""
+    base = weights.attention
+    size, heads = base.embed_dim, base.num_heads
+
+    def project(x: Tensor, first: int, count: int) -> list[Tensor]:
+        begin, end = first * size, (first + count) * size
+        bias = base.in_proj_bias
+        out = adapted_linear(
+            x,
+            base.in_proj_weight[begin:end],
+            None if bias is None else bias[begin:end],
+            [adapter.rows(begin, end) for adapter in weights.in_adapters],
         )
+        out = out.unflatten(-1, (count, heads, size // heads))
+        return list(out.permute(2, 0, 3, 1, 4).unbind(0))
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        key_padding_mask: Tensor | None,
-    ) -> Tensor:
-        """Project, attend and project out; batch first."""
-        attn = self.attn
-        base = attn.base_layer if isinstance(attn, LoraLayer) else attn
-        adapters = active_adapters(attn)
-        size, heads = base.embed_dim, base.num_heads
+    if query is key and key is value:
+        q, k, v = project(query, 0, 3)
+    elif query is key:
+        (q, k), (v,) = project(query, 0, 2), project(value, 2, 1)
+    elif key is value:
+        (q,), (k, v) = project(query, 0, 1), project(key, 1, 2)
+    else:
+        (q,), (k,), (v,) = project(query, 0, 1), project(key, 1, 1), project(value, 2, 1)
 
-        def project(x: Tensor, first: int, count: int) -> list[Tensor]:
-            begin, end = first * size, (first + count) * size
-            bias = base.in_proj_bias
-            out = adapted_linear(
-                x,
-                base.in_proj_weight[begin:end],
-                None if bias is None else bias[begin:end],
-                [adapter.rows(begin, end) for adapter in adapters],
-            )
-            out = out.unflatten(-1, (count, heads, size // heads))
-            return list(out.permute(2, 0, 3, 1, 4).unbind(0))
-
-        if query is key and key is value:
-            q, k, v = project(query, 0, 3)
-        elif query is key:
-            (q, k), (v,) = project(query, 0, 2), project(value, 2, 1)
-        elif key is value:
-            (q,), (k, v) = project(query, 0, 1), project(key, 1, 2)
-        else:
-            (q,), (k,), (v,) = project(query, 0, 1), project(key, 1, 1), project(value, 2, 1)
-
-        mask = _sdpa_mask(attn_mask, key_padding_mask, len(q), q.dtype)
-        out = attend(q, k, v, mask, base.dropout if base.training else 0.0)
-        out = out.transpose(1, 2).flatten(2)
-
-        out_proj = base.out_proj
-        adapters = active_adapters(out_proj)
-        if adapters:
-            factor = peft_out_proj_factor()
-            adapters = [adapter._replace(scaling=adapter.scaling * factor) for adapter in adapters]
-        if isinstance(out_proj, LoraLayer):
-            out_proj = out_proj.base_layer
-        return adapted_linear(out, out_proj.weight, out_proj.bias, adapters)
+    mask = _sdpa_mask(attn_mask, key_padding_mask, len(q), q.dtype)
+    out = attend(q, k, v, mask, base.dropout if base.training else 0.0)
+    out = out.transpose(1, 2).flatten(2)
+    out_proj = weights.out_proj
+    return adapted_linear(out, out_proj.weight, out_proj.bias, weights.out_adapters)
 
 
 def _add(x: Tensor, pos: Tensor | None) -> Tensor:

@@ -14,7 +14,6 @@ from mmdet.models.layers.transformer.grounding_dino_layers import (
     GroundingDinoTransformerEncoder,
 )
 from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention
-from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
 from mmdet_gdino_lora.layers.attention import LeanMultiheadAttention
@@ -26,6 +25,7 @@ from mmdet_gdino_lora.layers.encoder import LeanEncoder
 from mmdet_gdino_lora.layers.fusion import LeanBiAttention
 from mmdet_gdino_lora.layers.linear import LeanLoraLinear
 from mmdet_gdino_lora.layers.swin import LeanSwinBlock
+from mmdet_gdino_lora.peft_layers.layers import LoraLinear
 
 LEAN: dict[type[nn.Module], type[nn.Module]] = {
     SwinBlock: LeanSwinBlock,

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mmdet_gdino_lora.peft_layers.adapter import Adapter, active_adapters, is_plain_lora
+from mmdet_gdino_lora.peft_layers.layers import LoraLinear
 
 
 def adapted_linear(

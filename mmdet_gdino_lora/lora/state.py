@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
-from typing import Any, Optional, Union
+from collections.abc import Iterable, Mapping
+from typing import Any, Optional
 
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import nn
 
-ADAPTER = 'default'
-"""PEFT's name of the adapter that is trained."""
+from mmdet_gdino_lora.lora.switch import Switch
+from mmdet_gdino_lora.lora.tensors import ADAPTER, base_name, is_factor, places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,34 +37,141 @@ class Base:
         return f'{os.path.basename(self.source) or "unnamed"} (fingerprint {digest[:12]})'
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
+class Injection:
+    """What was decided when the adapter was put in, and stays so.
+
+    ``requires_grad`` is no place to ask later: mmengine's ``AveragedModel`` switches it off in its
+    copy of the detector, and backbones switch it off for their ``frozen_stages``.
+
+    Attributes:
+        config: The resolved adapter config.
+        preset: As in the user's config, for the model card.
+        targets: Names of the modules with adapters.
+        trained: Names of the parameters that are trained, adapters included.
+        buffers: Names of the buffers beside those, such as a norm's running statistics.
+        rewritten: Names of the base's weights that the adapter's initialisation changed (PiSSA).
+    """
+
+    config: LoraConfig
+    preset: Any
+    targets: tuple[str, ...]
+    trained: frozenset[str]
+    buffers: frozenset[str] = frozenset()
+    rewritten: frozenset[str] = frozenset()
+
+
 class LoraState:
-    """Kept on the detector as ``lora_state``.
+    """Answers for one detector what is trained, what differs from its base, and what is active.
+
+    Kept on the detector as ``lora_state`` and copied with it. Others ask, and tell it what happened
+    by its methods; nobody writes into it. Names are plain ones, see :func:`~.tensors.base_name`.
 
     Attributes:
         base: None while the base is random.
-        config: The resolved adapter config; None before injection.
-        preset: As in the user's config, for the model card.
-        targets: Names of the modules with adapters.
-        changed: Plain names of further weights that no longer are the base's: those that the
-            adapter's initialisation rewrote (PiSSA), and those that came with an adapter.
+        injection: None before injection.
         full_checkpoint: Whether checkpoints hold the base as well.
-        freed: For every adapter loaded, the weights that it changes without low-rank factors.
-        base_values: The base's values of those weights.
-        scalings: By module and adapter, the scaling of the whole adapter.
-        active: Name of the adapter that is switched on, or weights by name.
+        switch: Which adapters are on.
     """
 
-    base: Optional[Base] = None
-    config: Optional[LoraConfig] = None
-    preset: Any = None
-    targets: tuple[str, ...] = ()
-    changed: set[str] = dataclasses.field(default_factory=set)
-    full_checkpoint: bool = False
-    freed: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
-    base_values: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    scalings: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
-    active: Union[str, Mapping[str, float]] = ADAPTER
+    def __init__(self) -> None:
+        self.base: Optional[Base] = None
+        self.injection: Optional[Injection] = None
+        self.full_checkpoint = False
+        self.switch = Switch()
+        self._brought: frozenset[str] = frozenset()
+        self._changed: Optional[frozenset[str]] = None
+
+    # ----------------------------------------------------------------------------- what happened
+
+    def stands_on(self, base: Optional[Base]) -> None:
+        """A base has been loaded, over whatever a checkpoint may have brought before.
+
+        Args:
+            base: None for random weights.
+        """
+        self.base = base
+        self._brought, self._changed = frozenset(), None
+        self.switch.forget_base()
+
+    def injected(self, injection: Injection) -> None:
+        """An adapter has been put in.
+
+        Args:
+            injection: What was decided there.
+        """
+        self.injection, self._changed = injection, None
+        self.switch.adapters_changed()
+
+    def brought(self, names: Iterable[str]) -> None:
+        """Weights of the base have been replaced by those of a checkpoint.
+
+        Args:
+            names: Plain names; factors of adapters among them don't count.
+        """
+        self._brought |= {name for name in names if not is_factor(name)}
+        self._changed = None
+
+    def keeps_base_in_checkpoints(self, full: bool) -> None:
+        """The user has decided what checkpoints hold.
+
+        Args:
+            full: Whether the base is in them.
+        """
+        self.full_checkpoint = full
+
+    # ------------------------------------------------------------------------------- what is asked
+
+    @property
+    def config(self) -> Optional[LoraConfig]:
+        """The resolved adapter config; None before injection."""
+        return self.injection and self.injection.config
+
+    @property
+    def preset(self) -> Any:
+        """The preset as in the user's config; None before injection."""
+        return self.injection and self.injection.preset
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the modules with adapters."""
+        return self.injection.targets if self.injection else ()
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """Names of the parameters that are trained, adapters included."""
+        return self.injection.trained if self.injection else frozenset()
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Names of the weights and buffers that no longer are the base's, adapters left out.
+
+        They are trained, beside what is trained, rewritten by the adapter's initialisation, brought
+        by a checkpoint, or absent from the base.
+        """
+        if self._changed is None:
+            names = self._brought | (self.base.absent if self.base else frozenset())
+            if self.injection:
+                names |= {name for name in self.injection.trained if not is_factor(name)}
+                names |= self.injection.buffers | self.injection.rewritten
+            self._changed = names
+        return self._changed
+
+    def names_to_save(self, detector: nn.Module) -> set[str]:
+        """What the base alone doesn't give: the trained adapter and whatever else differs.
+
+        Args:
+            detector: The detector that this state belongs to.
+
+        Returns:
+            Names of parameters and buffers, as the injected detector has them.
+        """
+        changed = self.changed
+        return {
+            name
+            for name in places(detector)
+            if is_factor(name, ADAPTER) or base_name(name) in changed
+        }
 
 
 def lora_state(detector: nn.Module) -> LoraState:
@@ -79,20 +186,3 @@ def lora_state(detector: nn.Module) -> LoraState:
     if not hasattr(detector, 'lora_state'):
         detector.lora_state = LoraState()
     return detector.lora_state
-
-
-def needs_base(config: LoraConfig) -> bool:
-    """Whether an adapter's initial values depend on the weights that it is put on.
-
-    Args:
-        config: The adapter's config.
-
-    Returns:
-        True for DoRA, PiSSA, OLoRA and the like.
-    """
-    initial = config.init_lora_weights
-    return (
-        config.use_dora
-        or config.kasa_config is not None
-        or (isinstance(initial, str) and initial.lower() != 'gaussian')
-    )

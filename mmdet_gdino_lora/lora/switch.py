@@ -1,211 +1,240 @@
-"""Several adapters on one base: load, switch, combine, switch off. The base is read once."""
+"""One base under several adapters: which of them act now, and the weights that go with them."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Optional, Union
+from typing import Callable, Union
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from mmdet_gdino_lora.errors import ConfigError
-from mmdet_gdino_lora.lora.state import ADAPTER, lora_state
-from mmdet_gdino_lora.lora.store.base import base_weights, read_file, read_weights
-from mmdet_gdino_lora.lora.store.checkpoint import RECORD, check_base
-from mmdet_gdino_lora.lora.store.folder import PEFT_PREFIX
-from mmdet_gdino_lora.lora.tensors import LABEL_EMBEDDING, base_name, plain_tensors
-from mmdet_gdino_lora.peft_layers.attention import FrozenMultiheadAttention
+from mmdet_gdino_lora.lora.tensors import ADAPTER, LABEL_EMBEDDING, base_name, is_factor, places
+from mmdet_gdino_lora.peft_layers.layers import (
+    BaseTunerLayer,
+    enable,
+    every_adapter_layer,
+    set_active,
+)
+
+Active = Union[str, Mapping[str, float]]
+"""The name of an adapter, or weights by name; the base is the empty combination."""
 
 
-@torch.no_grad()
-def load_adapter(detector: nn.Module, source: str, name: str) -> None:
-    """Puts another adapter beside those that the detector has, switched off.
+@dataclasses.dataclass
+class _Layer:
+    """One of PEFT's layers, and by adapter the scaling that it has when it is not combined."""
 
-    Args:
-        detector: An injected detector.
-        source: A folder in PEFT's format (see :func:`~.files.export_adapter`) or a training
-            checkpoint. It may have another rank and other targets.
-        name: To call it by.
+    name: str
+    layer: BaseTunerLayer
+    scalings: dict[str, float]
 
-    Raises:
-        ConfigError: If the name is taken, the files are damaged, or the adapter was trained on
-            another base.
+
+class Switch:
+    """Turns adapters on and off, and exchanges the weights that they change without factors.
+
+    A weight that is changed without low-rank factors (trained whole, or a norm's running statistic)
+    has one value for each adapter and one in the base, and the detector holds the one that is
+    active. Lists of layers and places are made once, because distillation switches twice in a step.
+
+    Attributes:
+        active: What is on.
     """
-    state = lora_state(detector)
-    _remember_own(detector)
-    if name in state.freed:
-        raise ConfigError(f'adapter {name!r} is there already; choose another name.')
-    if not name or '.' in name:
-        raise ConfigError(f'adapter {name!r}: a name needs a letter and must not have a dot.')
-    weights, note = _read(source)
-    if note.get('base'):
-        check_base(detector, note['base'])
-    trained = {base_name(n): p.requires_grad for n, p in detector.named_parameters()}
-    config = _config(note, source)
-    config._register_custom_module({nn.MultiheadAttention: FrozenMultiheadAttention})
-    inject_adapter_in_model(config, detector, adapter_name=name)
-    parameters = dict(detector.named_parameters())
-    added = {n for n in parameters if base_name(n) not in trained}
-    for parameter_name, parameter in parameters.items():
-        parameter.requires_grad_(trained.get(base_name(parameter_name), False))
-    own = {_without_adapter(n, name): n for n in added}
-    factors = {key: tensor for key, tensor in weights.items() if '.lora_' in key}
-    freed = {key: tensor for key, tensor in weights.items() if key not in factors}
-    for key in sorted(own.keys() | factors.keys()):
-        misfit = key not in own or key not in factors
-        if misfit or parameters[own[key]].shape != factors[key].shape:
-            _take_out(detector, name)
-            set_adapter(detector, state.active)
-            raise ConfigError(f'{source}: {key} does not fit this detector; use its own config.')
-        parameters[own[key]].data = parameters[own[key]].data.float()  # whatever the base is
-        parameters[own[key]].copy_(factors[key])
-    freed.pop(LABEL_EMBEDDING, None)
-    state.freed[name] = freed
-    set_adapter(detector, state.active)
 
+    def __init__(self) -> None:
+        self.active: Active = ADAPTER
+        self._values: dict[str, dict[str, Tensor]] = {ADAPTER: {}}
+        self._base: dict[str, Tensor] = {}
+        self._asked: set[str] = set()
+        self._layers: list[_Layer] = []
+        self._places: dict[str, tuple[nn.Module, str]] = {}
 
-def _take_out(detector: nn.Module, name: str) -> None:
-    for module in detector.modules():
-        if isinstance(module, BaseTunerLayer) and name in module.scaling:
-            module.delete_adapter(name)
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that can be switched to."""
+        return tuple(self._values)
 
+    @property
+    def swapped(self) -> set[str]:
+        """Plain names of the weights that some adapter changes without factors."""
+        return {name for values in self._values.values() for name in values}
 
-@torch.no_grad()
-def set_adapter(
-    detector: nn.Module, adapter: Union[str, Mapping[str, float], None] = ADAPTER
-) -> None:
-    """Switches to an adapter, to a combination, or to the base.
+    @property
+    def set_aside(self) -> Mapping[str, Tensor]:
+        """What the trained adapter changes without factors, while something else is on."""
+        return {} if self.active == ADAPTER else self._values[ADAPTER]
 
-    Args:
-        detector: An injected detector.
-        adapter: A name; or weights by name: changes to the base are added up with these weights;
-            or None, for the base alone. The detector's own adapter is called ``'default'``.
+    def parts(self, detector: nn.Module) -> set[str]:
+        """Top-level parts of a detector that are not the base's alone, whatever is active.
 
-    Raises:
-        ConfigError: For a name that isn't loaded.
-    """
-    state = lora_state(detector)
-    _remember_own(detector)
-    if adapter is None:
-        adapter = {}
-    weights = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter)
-    for name in weights:
-        if name not in state.freed:
-            raise ConfigError(f'adapter {name!r} is not loaded; there are {sorted(state.freed)}.')
-    trained = [(p, p.requires_grad) for p in detector.parameters()]
-    for module_name, module in detector.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            module.set_adapter([name for name in weights if name in module.scaling])
-            module.enable_adapters(bool(weights))
-            for name, weight in weights.items():
-                if name in module.scaling:
-                    # Not PEFT's set_scale, which forgets rsLoRA's root up to 0.15.
-                    key = (module_name, name)
-                    whole = state.scalings.setdefault(key, module.scaling[name])
-                    module.scaling[name] = whole * weight
-    for parameter, requires_grad in trained:
-        parameter.requires_grad_(requires_grad)
-    own = plain_tensors(detector)
-    for key in {key for freed in state.freed.values() for key in freed}:
-        changed = [(w, state.freed[n][key]) for n, w in weights.items() if key in state.freed[n]]
-        if len(changed) == 1 and changed[0][0] == 1:
-            own[key].copy_(changed[0][1])
-            continue
-        base = _base_value(detector, key).to(own[key].device)
-        deltas = (w * (tensor.to(own[key].device) - base) for w, tensor in changed)
-        own[key].copy_(sum(deltas, start=base))
-    state.active = adapter if isinstance(adapter, str) else weights
-    # Autocast remembers casts of weights, and doesn't notice that they have changed since.
-    torch.clear_autocast_cache()
+        Args:
+            detector: An injected detector.
 
+        Returns:
+            Such as ``{'decoder', 'bbox_head'}``.
+        """
+        self._look(detector)
+        names = self.swapped.union(entry.name for entry in self._layers if entry.scalings)
+        return {name.partition('.')[0] for name in names}
 
-@contextmanager
-def base_only(detector: nn.Module) -> Iterator[None]:
-    """Within, the detector is its base: adapters off, freed parameters at the base's values.
+    # ------------------------------------------------------------------------------ what happened
 
-    Args:
-        detector: An injected detector.
+    def adapters_changed(self) -> None:
+        """Layers were put in or taken out, so that lists of them no longer hold."""
+        self._places = {}
 
-    Yields:
-        Nothing.
-    """
-    active = lora_state(detector).active
-    set_adapter(detector, None)
-    try:
-        yield
-    finally:
-        set_adapter(detector, active)
+    def forget_base(self) -> None:
+        """The base's values have to be asked for again."""
+        self._base, self._asked = {}, set()
 
+    def add(self, adapter: str, values: Mapping[str, Tensor]) -> None:
+        """Another adapter has been put in.
 
-def _remember_own(detector: nn.Module) -> None:
-    """Keeps what belongs to the detector's own adapter beside the low-rank factors."""
-    state = lora_state(detector)
-    if state.config is None:
-        raise ConfigError('this detector has no adapters; set model.lora.')
-    if state.active != ADAPTER:
-        return
-    names = {base_name(n) for n, p in detector.named_parameters() if p.requires_grad}
-    names = {n for n in names | state.changed if '.lora_' not in n and n != LABEL_EMBEDDING}
-    own = plain_tensors(detector)
-    state.freed[ADAPTER] = {name: own[name].clone() for name in names}
+        Args:
+            adapter: Its name.
+            values: What it changes without factors, by plain name.
+        """
+        self._values[adapter] = {n: v for n, v in values.items() if n != LABEL_EMBEDDING}
+        self.adapters_changed()
 
+    def remember(self, detector: nn.Module, changed: Iterable[str]) -> None:
+        """Takes down what the trained adapter changes without factors, where it is on.
 
-def _base_value(detector: nn.Module, name: str) -> Tensor:
-    state = lora_state(detector)
-    if name not in state.base_values:
-        if state.base is None or not state.base.source:
-            raise ConfigError(
-                'the base is random or of unknown origin, so there is nothing to switch to; set '
-                'model.base_checkpoint.'
-            )
-        weights = base_weights(detector, state.base.source)
-        own = plain_tensors(detector)
-        wanted = {key for freed in state.freed.values() for key in freed}
-        state.base_values = {key: weights[key].to(own[key]) for key in wanted}
-    return state.base_values[name]
-
-
-def _read(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights by plain name without adapter names, and the record that came with them."""
-    path = os.path.join(source, 'adapter_model.safetensors')
-    if os.path.isdir(source):
-        weights = {name.removeprefix(PEFT_PREFIX): w for name, w in read_weights(path).items()}
-        with safe_open(path, 'pt') as file:
-            note = json.loads((file.metadata() or {}).get(RECORD, '{}'))
-        return weights, note
-    content = read_file(source)
-    state_dict = content.get('state_dict', content)
-    metadata = getattr(state_dict, '_metadata', {}).get('', {})
-    weights = {_without_adapter(name, ADAPTER): w for name, w in state_dict.items()}
-    weights = {n if '.lora_' in n else base_name(n): w for n, w in weights.items()}
-    return weights, metadata.get(RECORD, {})
-
-
-def _without_adapter(name: str, adapter: str) -> str:
-    if '.lora_' not in name:
-        return name
-    return name.replace(f'.{adapter}.', '.').removesuffix(f'.{adapter}')
-
-
-def _config(note: Mapping[str, Any], source: str) -> LoraConfig:
-    fields: Optional[dict] = note.get('adapter')
-    if fields is None:
-        path = os.path.join(source, 'adapter_config.json')
-        if not os.path.isfile(path):
-            raise ConfigError(f'{source} is no adapter: it says nothing of its targets and rank.')
-        with open(path, encoding='utf-8') as file:
-            fields = json.load(file)
-    fields = {k: v for k, v in fields.items() if k in LoraConfig.__dataclass_fields__}
-    if isinstance(fields.get('init_lora_weights'), str):
-        raise ConfigError(
-            f'{source}: an adapter that rewrote its base (init_lora_weights='
-            f'{fields["init_lora_weights"]!r}) cannot stand beside others; merge it.'
+        Args:
+            detector: An injected detector.
+            changed: Plain names of what is no longer the base's.
+        """
+        if self.active != ADAPTER:
+            return
+        self._look(detector)
+        names = sorted(n for n in changed if n != LABEL_EMBEDDING and n in self._places)
+        now = self._tensors(names)
+        kept = self._values[ADAPTER]
+        fits = list(kept) == names and all(
+            kept[n].dtype == t.dtype and kept[n].device == t.device for n, t in zip(names, now)
         )
-    fields.update(modules_to_save=None, inference_mode=False)
-    return LoraConfig(**fields)
+        if fits:
+            _copy(list(kept.values()), now)
+        else:
+            self._values[ADAPTER] = {name: t.clone() for name, t in zip(names, now)}
+
+    # ----------------------------------------------------------------------------------- switching
+
+    @torch.no_grad()
+    def to(
+        self, detector: nn.Module, adapter: Active, base: Callable[[], Mapping[str, Tensor]]
+    ) -> None:
+        """Switches to an adapter or a combination.
+
+        Args:
+            detector: An injected detector.
+            adapter: Names among :attr:`adapters`.
+            base: Reads the base's weights, by plain name; called where they are needed.
+        """
+        self._look(detector)
+        weights = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter)
+        self._exchange(weights, base)
+        for entry in self._layers:
+            set_active(entry.layer, [name for name in weights if name in entry.scalings])
+            enable(entry.layer, bool(weights))
+            for name, weight in weights.items():
+                if name in entry.scalings:
+                    # Not PEFT's set_scale, which forgets rsLoRA's root up to 0.15.
+                    entry.layer.scaling[name] = entry.scalings[name] * weight
+        self.active = adapter if isinstance(adapter, str) else weights
+
+    @contextmanager
+    def off(self, detector: nn.Module, base: Callable[[], Mapping[str, Tensor]]) -> Iterator[None]:
+        """Within, the detector is its base.
+
+        Args:
+            detector: An injected detector.
+            base: As for :meth:`to`.
+
+        Yields:
+            Nothing.
+        """
+        self._look(detector)
+        active = self.active
+        weights = {active: 1.0} if isinstance(active, str) else dict(active)
+        self._exchange({}, base)
+        for entry in self._layers:
+            enable(entry.layer, False)
+        self.active = {}
+        try:
+            yield
+        finally:
+            for entry in self._layers:
+                enable(entry.layer, bool(weights))
+            self._exchange(weights, base)
+            self.active = active
+
+    @torch.no_grad()
+    def _exchange(
+        self, weights: Mapping[str, float], base: Callable[[], Mapping[str, Tensor]]
+    ) -> None:
+        """Writes the values that belong to a combination into the detector."""
+        names = sorted(self.swapped)
+        now = dict(zip(names, self._tensors(names)))
+        changes = {
+            name: [
+                (w, self._values[n][name]) for n, w in weights.items() if name in self._values[n]
+            ]
+            for name in names
+        }
+        new = {n: c[0][1] for n, c in changes.items() if len(c) == 1 and c[0][0] == 1}
+        if len(new) < len(names):
+            values = self._base_values(now, base)
+            for name in names:
+                if name not in new and name in values:  # the base's file may lack counters
+                    value = values[name]
+                    deltas = (
+                        w * (changed.to(value.device) - value) for w, changed in changes[name]
+                    )
+                    new[name] = sum(deltas, start=value)
+        _copy([now[name] for name in new], list(new.values()))
+        # Autocast remembers casts of weights, and doesn't notice that they have changed since.
+        torch.clear_autocast_cache()
+
+    def _base_values(
+        self, now: Mapping[str, Tensor], base: Callable[[], Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """The base's values of what is exchanged, where and as the detector has them."""
+        if not self._asked >= now.keys():
+            weights = base()
+            self._base = {name: weights[name].to(t) for name, t in now.items() if name in weights}
+            self._asked = set(now)
+        for name, value in self._base.items():
+            if name in now and value.device != now[name].device:
+                self._base[name] = value.to(now[name].device)
+        return self._base
+
+    def _look(self, detector: nn.Module) -> None:
+        """Finds layers and tensors again where they have changed."""
+        if self._places:
+            return
+        self._places = {
+            base_name(name): place
+            for name, place in places(detector).items()
+            if not is_factor(name)
+        }
+        known = {id(entry.layer): entry.scalings for entry in self._layers}
+        self._layers = [
+            _Layer(
+                name,
+                layer,
+                {n: known.get(id(layer), {}).get(n, s) for n, s in layer.scaling.items()},
+            )
+            for name, layer in every_adapter_layer(detector)
+        ]
+
+    def _tensors(self, names: Iterable[str]) -> list[Tensor]:
+        """Of the detector, as it holds them now: moving it to a device replaces its buffers."""
+        found = (self._places[name] for name in names)
+        return [getattr(module, key).detach() for module, key in found]
+
+
+def _copy(into: list[Tensor], values: list[Tensor]) -> None:
+    if into:
+        torch._foreach_copy_(into, values)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from torch import Tensor, nn
+
+ADAPTER = 'default'
+"""PEFT's name of the adapter that is trained."""
 
 LABEL_EMBEDDING = 'dn_query_generator.label_embedding.weight'
 """The one weight whose shape depends on the number of classes; only training reads it."""
@@ -21,33 +26,77 @@ def base_name(name: str) -> str:
     return name.replace('.base_layer.', '.')
 
 
-def own_tensors(detector: nn.Module) -> dict[str, Tensor]:
+def is_factor(name: str, adapter: str = '') -> bool:
+    """Whether a name is that of an adapter's weight.
+
+    Args:
+        name: Of a parameter.
+        adapter: Name of the adapter; empty for any.
+    """
+    if '.lora_' not in name:
+        return False
+    return not adapter or f'.{adapter}.' in name or name.endswith(f'.{adapter}')
+
+
+def places(detector: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Where a detector's parameters and persistent buffers are.
+
+    Args:
+        detector: The detector, injected or not.
+
+    Returns:
+        Module and key of every tensor, by its name.
+    """
+    found: dict[str, tuple[nn.Module, str]] = {}
+    for prefix, module in detector.named_modules(remove_duplicate=False):
+        passing = module._non_persistent_buffers_set
+        buffers = {key: b for key, b in module._buffers.items() if key not in passing}
+        for key, tensor in {**module._parameters, **buffers}.items():
+            if tensor is not None:
+                found[f'{prefix}.{key}' if prefix else key] = module, key
+    return found
+
+
+def named_tensors(detector: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers, whatever a state dict of the detector leaves out.
 
     Args:
         detector: The detector, injected or not.
 
     Returns:
-        The detector's own tensors, not copies, under their own names.
+        The detector's tensors, not copies, under the names that they have in it.
     """
-    tensors: dict[str, Tensor] = {}
-    for prefix, module in detector.named_modules(remove_duplicate=False):
-        passing = module._non_persistent_buffers_set
-        buffers = {key: b for key, b in module._buffers.items() if key not in passing}
-        for key, tensor in {**module._parameters, **buffers}.items():
-            if tensor is not None:
-                tensors[f'{prefix}.{key}' if prefix else key] = tensor.detach()
-    return tensors
+    found = places(detector).items()
+    return {name: getattr(module, key).detach() for name, (module, key) in found}
 
 
 def plain_tensors(detector: nn.Module) -> dict[str, Tensor]:
-    """As :func:`own_tensors`, under the names that the tensors have without adapters.
+    """As :func:`named_tensors`, under the names that the tensors have without adapters.
 
     Args:
         detector: The detector, injected or not.
 
     Returns:
-        The detector's own tensors, not copies; adapters are left out.
+        The detector's tensors, not copies; adapters are left out.
     """
-    own = own_tensors(detector)
-    return {base_name(name): tensor for name, tensor in own.items() if '.lora_' not in name}
+    tensors = named_tensors(detector).items()
+    return {base_name(name): tensor for name, tensor in tensors if not is_factor(name)}
+
+
+def buffers_beside(detector: nn.Module, names: Container[str]) -> set[str]:
+    """Persistent buffers of the modules that hold one of these parameters themselves.
+
+    Args:
+        detector: The detector, injected or not.
+        names: Names of parameters in it.
+
+    Returns:
+        Names of buffers in it, such as the running statistics of a norm whose weight is trained.
+    """
+    found = places(detector)
+    holders = {id(module) for name, (module, _) in found.items() if name in names}
+    return {
+        name
+        for name, (module, key) in found.items()
+        if id(module) in holders and key in module._buffers
+    }

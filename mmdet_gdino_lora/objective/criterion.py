@@ -26,10 +26,10 @@ from mmdet_gdino_lora.objective.groups import (
     denoising_group,
     encoder_group,
 )
-from mmdet_gdino_lora.objective.host import to_device
 from mmdet_gdino_lora.objective.matcher import HungarianMatcher
 from mmdet_gdino_lora.objective.matches import Matches, match
 from mmdet_gdino_lora.objective.targets import Targets
+from mmdet_gdino_lora.transfer import to_device
 
 COMPONENTS = ('ce', 'bbox', 'giou')
 

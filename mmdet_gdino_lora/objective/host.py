@@ -35,11 +35,3 @@ def to_host(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         name: part.view(tensor.shape).numpy()
         for part, (name, tensor) in zip(parts, tensors.items())
     }
-
-
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Uploads an array without waiting for the device."""
-    tensor = torch.from_numpy(array)
-    if device.type != 'cuda':
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -9,9 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from mmdet_gdino_lora.objective.groups import Group
-from mmdet_gdino_lora.objective.host import to_device, to_host
+from mmdet_gdino_lora.objective.host import to_host
 from mmdet_gdino_lora.objective.matcher import HungarianMatcher
 from mmdet_gdino_lora.objective.targets import HostTargets, Targets
+from mmdet_gdino_lora.transfer import to_device
 
 
 @dataclass

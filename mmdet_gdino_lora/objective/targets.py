@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmdet_gdino_lora.errors import ConfigError
-from mmdet_gdino_lora.objective.host import to_device
+from mmdet_gdino_lora.transfer import to_device
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,64 @@
-"""PEFT's adapter for ``nn.MultiheadAttention``, without writing to the frozen weights."""
+"""PEFT's adapter for ``nn.MultiheadAttention``, read and run without writing to the frozen weights.
+
+PEFT counts the adapter of the output projection more than once (docs/peft_out_proj.md); both ways
+in here, :func:`read_attention` and :class:`FrozenMultiheadAttention`, count it as PEFT does.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch.nn.functional as F
 from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 
+from mmdet_gdino_lora.peft_layers.adapter import Adapter, active_adapters, is_plain_lora
 from mmdet_gdino_lora.peft_layers.out_proj import peft_out_proj_factor
+
+
+class AttentionWeights(NamedTuple):
+    """What an attention module computes with now, adapted or not.
+
+    Attributes:
+        attention: The base's module, with the sizes, the dropout and the packed input projection.
+        in_adapters: To be added to the packed input projection [3 * C, C].
+        out_proj: The base's output projection.
+        out_adapters: To be added to the output projection [C, C], PEFT's count of them included.
+    """
+
+    attention: nn.MultiheadAttention
+    in_adapters: list[Adapter]
+    out_proj: nn.Linear
+    out_adapters: list[Adapter]
+
+
+def read_attention(module: nn.Module) -> Optional[AttentionWeights]:
+    """Looks into an attention module with or without PEFT's container around it.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        None where it is something else than ``nn.MultiheadAttention`` with plain LoRA.
+    """
+    if not isinstance(module, peft_layer.MultiheadAttention):
+        if not isinstance(module, nn.MultiheadAttention):
+            return None
+        return AttentionWeights(module, [], module.out_proj, [])
+    attention = module.base_layer
+    out_proj = attention.out_proj
+    if not (
+        isinstance(attention, nn.MultiheadAttention)
+        and is_plain_lora(module)
+        and is_plain_lora(out_proj)
+    ):
+        return None
+    out_adapters = active_adapters(out_proj)
+    if out_adapters:
+        factor = peft_out_proj_factor()
+        out_adapters = [a._replace(scaling=a.scaling * factor) for a in out_adapters]
+    return AttentionWeights(attention, active_adapters(module), out_proj.base_layer, out_adapters)
 
 
 class FrozenMultiheadAttention(peft_layer.MultiheadAttention):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Optional
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from torch import nn
+from torch import Tensor, nn
 
 
 @lru_cache(maxsize=1)
@@ -28,3 +30,22 @@ def peft_out_proj_factor() -> int:
         out_proj.lora_B['default'].weight.fill_(1.0)
         attn.merge()
         return round(float(out_proj.base_layer.weight.sum() - before) / 4)
+
+
+def in_todays_count(weights: Mapping[str, Tensor], factor: Optional[int]) -> dict[str, Tensor]:
+    """Keeps the meaning of adapters that were trained under another PEFT's count.
+
+    Args:
+        weights: Of adapters and others, by name in the injected model.
+        factor: What :func:`peft_out_proj_factor` was then; None where it isn't known.
+
+    Returns:
+        The same weights, those of attention output adapters rescaled where the counts differ.
+    """
+    today = peft_out_proj_factor()
+    if factor in (None, today):
+        return dict(weights)
+    return {
+        name: value * (factor / today) if '.base_layer.out_proj.lora_B.' in name else value
+        for name, value in weights.items()
+    }

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from mmdet.registry import MODELS
 from mmengine.model import BaseModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
 from transformers.utils import logging
 
 from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.peft_layers.layers import is_adapted
 from mmdet_gdino_lora.text.batch import CaptionBatch, Segment, chunks, collate
 from mmdet_gdino_lora.text.cache import SegmentCache
 from mmdet_gdino_lora.text.files import text_model
@@ -361,7 +361,7 @@ def _state(module: nn.Module) -> _State:
     modules = [module]
     while modules:
         module = modules.pop()
-        adapted = adapted or isinstance(module, BaseTunerLayer)
+        adapted = adapted or is_adapted(module)
         for parameter in module._parameters.values():
             if parameter is not None:
                 trainable = trainable or parameter.requires_grad

@@ -5,9 +5,9 @@
 Forward and backward of all losses of one step: decoder layers and encoder, no denoising queries
 (transformers' loss has none). All three get the same random predictions and targets and compute
 the same objective (token targets for the encoder). Each gets them as its own model hands them
-over: the decoder's layers in one tensor (ours in a list, too), mmdet's and transformers' logits are padded to 256 tokens, ours are as wide as the caption;
-a row shows ours with padding, too. The contenders take turns in one process, and the median
-counts.
+over: the decoder's layers in one tensor (ours in a list, too), mmdet's and transformers' logits
+are padded to 256 tokens, ours are as wide as the caption; a row shows ours with padding, too. The
+contenders take turns in one process, and the median counts.
 
 Extra peak memory is what is allocated on top of the inputs, their gradients included: on CUDA
 from the allocator's statistics, on the CPU summed up from the profiler's record of every

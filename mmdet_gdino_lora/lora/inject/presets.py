@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Optional, Union
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.peft_layers.insertion import matches
+from mmdet_gdino_lora.peft_layers.layers import without_adapter
 
 GROUPS: dict[str, tuple[str, ...]] = {
     'decoder': ('decoder.layers.',),
@@ -57,8 +58,7 @@ def adaptable_modules(detector: nn.Module) -> dict[str, nn.Module]:
     for name, module in detector.named_modules():
         if any(name.startswith(prefix) for prefix in inner):
             continue
-        if isinstance(module, BaseTunerLayer):
-            module = module.get_base_layer()
+        module = without_adapter(module)
         if isinstance(module, _ADAPTABLE_TYPES):
             found[name] = module
             inner.append(name + '.')
@@ -206,14 +206,14 @@ def user_targets(detector: nn.Module, config: LoraConfig) -> list[str]:
     for entry in [entries] if isinstance(entries, str) else sorted(entries):
         asked = entry if isinstance(entry, str) and entry is entries else [entry]
         probe = dataclasses.replace(config, target_modules=asked, exclude_modules=None)
-        matched = [name for name in names if check_target_module_exists(probe, name)]
+        matched = [name for name in names if matches(probe, name)]
         usable = [name for name in matched if name in adaptable]
         if not usable:
             raise ConfigError(_no_match(entry, matched, adaptable))
         targets.update(usable)
     if config.exclude_modules:
         probe = dataclasses.replace(config, target_modules='.*', layers_to_transform=None)
-        targets = {n for n in targets if check_target_module_exists(probe, n)}
+        targets = {n for n in targets if matches(probe, n)}
     return [name for name in adaptable if name in targets]
 
 

@@ -47,7 +47,7 @@ def load_base(detector: nn.Module, source: str) -> Base:
             checkpoint, or belongs to another architecture.
     """
     base = fit_base(detector, base_weights(detector, source), source)
-    lora_state(detector).base = base
+    lora_state(detector).stands_on(base)
     MMLogger.get_current_instance().info('Base loaded from %s', source)
     return base
 
@@ -66,6 +66,27 @@ def base_weights(detector: nn.Module, source: str) -> dict[str, Tensor]:
         ConfigError: As for :func:`load_base`.
     """
     return in_mmdet_names(detector, read_weights(fetch(source)))
+
+
+def base_of(detector: nn.Module) -> dict[str, Tensor]:
+    """The weights of the base that a detector stands on, read again from its file.
+
+    Args:
+        detector: The detector, injected or not.
+
+    Returns:
+        Tensors by plain name.
+
+    Raises:
+        ConfigError: If the base is random or of unknown origin, or as for :func:`load_base`.
+    """
+    base = lora_state(detector).base
+    if base is None or not base.source:
+        raise ConfigError(
+            'the base of this detector is random or of unknown origin, so there is nothing to '
+            'switch to or to scale an adapter against; set model.base_checkpoint.'
+        )
+    return base_weights(detector, base.source)
 
 
 def in_mmdet_names(detector: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Optional
 
 from mmengine.logging import MMLogger
@@ -21,10 +22,17 @@ from torch import Tensor, nn
 
 from mmdet_gdino_lora.engine.runner_config import runner_config
 from mmdet_gdino_lora.errors import ConfigError
-from mmdet_gdino_lora.lora.state import ADAPTER, Base, lora_state, needs_base
-from mmdet_gdino_lora.lora.store.base import base_weights, fit_base, in_mmdet_names
-from mmdet_gdino_lora.lora.tensors import LABEL_EMBEDDING, base_name, own_tensors
-from mmdet_gdino_lora.peft_layers.out_proj import peft_out_proj_factor
+from mmdet_gdino_lora.lora.state import Base, lora_state
+from mmdet_gdino_lora.lora.store.base import base_of, base_weights, fit_base, in_mmdet_names
+from mmdet_gdino_lora.lora.tensors import (
+    ADAPTER,
+    LABEL_EMBEDDING,
+    base_name,
+    is_factor,
+    named_tensors,
+)
+from mmdet_gdino_lora.peft_layers.insertion import reads_base
+from mmdet_gdino_lora.peft_layers.out_proj import in_todays_count, peft_out_proj_factor
 
 RECORD = 'mmdet_gdino_lora'
 """Key of the record in a state dict's metadata, and in a safetensors file's."""
@@ -39,41 +47,12 @@ def install_hooks(detector: nn.Module, *, full_checkpoint: bool = False) -> None
         detector: Injected, or plain: that one tells adapter checkpoints apart and refuses them.
         full_checkpoint: Whether checkpoints hold the base as well.
     """
-    lora_state(detector).full_checkpoint = full_checkpoint
+    lora_state(detector).keeps_base_in_checkpoints(full_checkpoint)
     detector.register_state_dict_post_hook(_keep_what_differs)
     detector.register_load_state_dict_pre_hook(_load)
 
 
 # ---------------------------------------------------------------------------------------- saving
-
-
-def own_names(detector: nn.Module) -> set[str]:
-    """Names of the tensors that the base alone doesn't give.
-
-    Args:
-        detector: An injected detector.
-
-    Returns:
-        Names in the injected detector: adapters, trained parameters, buffers beside them.
-    """
-    state = lora_state(detector)
-    beyond = state.changed | (state.base.absent if state.base else set())
-    names: set[str] = set()
-    for prefix, module in detector.named_modules(remove_duplicate=False):
-        dot = f'{prefix}.' if prefix else ''
-        parameters = {k: p for k, p in module._parameters.items() if p is not None}
-        trained = {k for k, p in parameters.items() if p.requires_grad}
-        own = trained | {k for k in parameters if _is_own_adapter(dot + k)}
-        if trained:
-            own.update(k for k in module._buffers if k not in module._non_persistent_buffers_set)
-        own.update(k for k in parameters if base_name(dot + k) in beyond)
-        names.update(dot + key for key in own)
-    return names
-
-
-def _is_own_adapter(name: str) -> bool:
-    """Whether this is a weight of the adapter that is trained, and not of one loaded beside it."""
-    return '.lora_' in name and (f'.{ADAPTER}.' in name or name.endswith(f'.{ADAPTER}'))
 
 
 def record(detector: nn.Module) -> dict[str, Any]:
@@ -91,6 +70,7 @@ def record(detector: nn.Module) -> dict[str, Any]:
         format=1,
         adapter=json.loads(json.dumps(state.config.to_dict(), default=_listed)),
         preset=state.preset,
+        changed=sorted(state.changed),
         attention_output_factor=peft_out_proj_factor(),
         base=base
         and dict(
@@ -113,9 +93,12 @@ def _keep_what_differs(
     if state.config is None:
         return
     local_metadata[RECORD] = record(detector)
+    for name in state_dict if state.switch.set_aside else ():
+        plain = base_name(name.removeprefix(prefix))
+        state_dict[name] = state.switch.set_aside.get(plain, state_dict[name])
     if state.full_checkpoint or state.base is None or not state.base.source:
         return
-    kept = {prefix + name for name in own_names(detector)}
+    kept = {prefix + name for name in state.names_to_save(detector)}
     for name in [n for n in state_dict if n.startswith(prefix) and n not in kept]:
         del state_dict[name]
 
@@ -143,11 +126,13 @@ def _load(
                 'config that it was trained with, or merge it with tools/merge_adapter.py.'
             )
         return
+    if state.switch.active != ADAPTER:  # whose weights these are
+        state.switch.to(detector, ADAPTER, partial(base_of, detector))
     if any('.lora_' in name for name in incoming):
         incoming = _from_adapter(detector, incoming, note)
     else:
         incoming = _from_plain(detector, incoming)
-    own = own_tensors(detector)
+    own = named_tensors(detector)
     for name in [n for n in state_dict if n.startswith(prefix)]:
         del state_dict[name]
     # What didn't come stays as it is; handed to torch as well, so that it isn't reported missing.
@@ -157,14 +142,14 @@ def _load(
 
 def _from_plain(detector: nn.Module, incoming: dict[str, Tensor]) -> dict[str, Tensor]:
     state = lora_state(detector)
-    if needs_base(state.config):
+    if reads_base(state.config):
         raise ConfigError(
             'load_from brings the base after adapters were initialised from other weights '
             f'(lora.init_lora_weights={state.config.init_lora_weights!r}, lora.use_dora='
             f'{state.config.use_dora}): use base_checkpoint= in the model instead.'
         )
     source = str(runner_config().get('load_from') or '')
-    state.base = fit_base(detector, in_mmdet_names(detector, incoming), source)
+    state.stands_on(fit_base(detector, in_mmdet_names(detector, incoming), source))
     return {}
 
 
@@ -173,7 +158,7 @@ def _from_adapter(
 ) -> dict[str, Tensor]:
     state = lora_state(detector)
     _check_adapter(detector, incoming, note)
-    own = {base_name(name): name for name in own_tensors(detector)}
+    own = {base_name(name): name for name in named_tensors(detector)}
     unknown = [name for name in incoming if base_name(name) not in own]
     if unknown:
         raise ConfigError(
@@ -183,12 +168,13 @@ def _from_adapter(
     found = {own[base_name(name)]: value for name, value in incoming.items()}
     base = note and note.get('base')
     if all(name in found for name, _ in detector.named_parameters()):  # the base came along
-        state.base = Base(**_base_fields(base)) if base else None
+        state.stands_on(Base(**_base_fields(base)) if base else None)
+        state.brought((note or {}).get('changed', ()))
     else:
         if base:
             check_base(detector, base)
-        state.changed.update(base_name(name) for name in found if '.lora_' not in name)
-    return _with_todays_factor(found, note)
+        state.brought(base_name(name) for name in found)
+    return in_todays_count(found, (note or {}).get('attention_output_factor'))
 
 
 def _check_adapter(
@@ -214,7 +200,7 @@ def _check_adapter(
                 'config that it was trained with.'
             )
     theirs = {name for name in incoming if '.lora_' in name}
-    ours = {name for name in own if _is_own_adapter(name)}
+    ours = {name for name in own if is_factor(name, ADAPTER)}
     if theirs != ours:
         name = sorted(theirs ^ ours)[0]
         module = name.split('.lora_')[0]
@@ -242,7 +228,7 @@ def check_base(detector: nn.Module, base: Mapping[str, Any]) -> None:
     state = lora_state(detector)
     wanted = Base(**_base_fields(base))
     if state.base is None:
-        if needs_base(state.config):
+        if reads_base(state.config):
             raise ConfigError(
                 f'the adapter was initialised from its base {wanted}: set '
                 f'model.base_checkpoint={wanted.source!r}.'
@@ -255,7 +241,7 @@ def check_base(detector: nn.Module, base: Mapping[str, Any]) -> None:
                 f'the adapter needs its base {wanted}, which is not at {wanted.source!r} any more; '
                 f'set model.base_checkpoint to where it lies now ({error})'
             ) from error
-        state.base = fit_base(detector, weights, found)
+        state.stands_on(fit_base(detector, weights, found))
         MMLogger.get_current_instance().info('Base of the adapter loaded from %s', found)
     theirs, ours = wanted.fingerprint, state.base.fingerprint
     differing = sorted(g for g in {*theirs, *ours} if theirs.get(g) != ours.get(g))
@@ -266,17 +252,3 @@ def check_base(detector: nn.Module, base: Mapping[str, Any]) -> None:
             f'the adapter was trained on the base {wanted} and the model stands on {state.base}, '
             f'whose {", ".join(differing)} differ; set base_checkpoint to the former.'
         )
-
-
-def _with_todays_factor(
-    found: dict[str, Tensor], note: Optional[Mapping[str, Any]]
-) -> dict[str, Tensor]:
-    """Keeps an attention output adapter's meaning where the installed PEFT counts it otherwise."""
-    ratio = (note or {}).get('attention_output_factor', peft_out_proj_factor())
-    ratio /= peft_out_proj_factor()
-    if ratio == 1:
-        return found
-    return {
-        name: value * ratio if f'.out_proj.lora_B.{ADAPTER}' in name else value
-        for name, value in found.items()
-    }

@@ -10,16 +10,16 @@ from typing import Any, Optional
 
 import torch
 from peft import get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmdet_gdino_lora.engine.atomic import atomic
 from mmdet_gdino_lora.errors import ConfigError
-from mmdet_gdino_lora.lora.inject.injection import adapter_layers, describe
+from mmdet_gdino_lora.lora.inject.report import describe
 from mmdet_gdino_lora.lora.state import lora_state
-from mmdet_gdino_lora.lora.store.checkpoint import RECORD, own_names, record
-from mmdet_gdino_lora.lora.tensors import LABEL_EMBEDDING, base_name, own_tensors
+from mmdet_gdino_lora.lora.store.checkpoint import RECORD, record
+from mmdet_gdino_lora.lora.tensors import LABEL_EMBEDDING, base_name, is_factor, named_tensors
+from mmdet_gdino_lora.peft_layers.layers import adapter_layers, is_adapted
 
 PEFT_PREFIX = 'base_model.model.'
 
@@ -66,7 +66,7 @@ def export_adapter(
     """
     config = lora_state(detector).config
     saved = _saved_modules(detector)
-    own = own_tensors(detector)
+    own = named_tensors(detector)
     weights = get_peft_model_state_dict(detector, state_dict=dict(own))
     for name in saved:
         weights.update({n: t for n, t in own.items() if n.startswith(f'{name}.')})
@@ -93,8 +93,9 @@ def _write_text(path: str, text: str) -> None:
 def _saved_modules(detector: nn.Module) -> list[str]:
     """Modules whose weights the adapter replaces whole."""
     layers = adapter_layers(detector)
+    changed = lora_state(detector).names_to_save(detector)
     saved: dict[str, None] = {}
-    for name in sorted(n for n in own_names(detector) if '.lora_' not in n):
+    for name in sorted(n for n in changed if not is_factor(n)):
         plain = base_name(name)
         if plain == LABEL_EMBEDDING:
             continue
@@ -104,7 +105,7 @@ def _saved_modules(detector: nn.Module) -> list[str]:
                 f"{plain} differs from the base's, and PEFT's format has no place for it; use "
                 'tools/merge_adapter.py instead.'
             )
-        if not isinstance(detector.get_submodule(owner), BaseTunerLayer):
+        if not is_adapted(detector.get_submodule(owner)):
             saved[owner] = None
     return list(saved)
 

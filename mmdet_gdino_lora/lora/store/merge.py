@@ -9,12 +9,11 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from mmdet_gdino_lora.errors import ConfigError
-from mmdet_gdino_lora.lora.inject.injection import adapter_layers
 from mmdet_gdino_lora.lora.state import lora_state
-from mmdet_gdino_lora.lora.store.base import base_weights
+from mmdet_gdino_lora.lora.store.base import base_of
 from mmdet_gdino_lora.lora.tensors import LABEL_EMBEDDING, plain_tensors
 from mmdet_gdino_lora.peft_layers.attention import FrozenMultiheadAttention
+from mmdet_gdino_lora.peft_layers.layers import adapter_layers
 
 
 @torch.no_grad()
@@ -44,7 +43,7 @@ def merged_weights(
             tuned[f'{name}.{key}'] = tensor.cpu()
     if scale == 1 and (LABEL_EMBEDDING in tuned or not lora_state(detector).base):
         return tuned
-    base = _base_weights(detector) if base is None else base
+    base = base_of(detector) if base is None else base
     tuned.setdefault(LABEL_EMBEDDING, base[LABEL_EMBEDDING])
     if scale == 1:
         return tuned
@@ -54,16 +53,6 @@ def merged_weights(
         else tensor
         for name, tensor in tuned.items()
     }
-
-
-def _base_weights(detector: nn.Module) -> dict[str, Tensor]:
-    base = lora_state(detector).base
-    if base is None or not base.source:
-        raise ConfigError(
-            'the base of this detector is random or of unknown origin; set base_checkpoint= in the '
-            'model to scale an adapter against it.'
-        )
-    return base_weights(detector, base.source)
 
 
 def _merged_layer(layer: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,171 @@
+"""Several adapters on one base: load, switch, combine, switch off. The base is read once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Optional, Union
+
+import torch
+from mmengine.logging import MMLogger
+from peft import LoraConfig
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.lora.state import LoraState, lora_state
+from mmdet_gdino_lora.lora.store.base import base_of, read_file, read_weights
+from mmdet_gdino_lora.lora.store.checkpoint import RECORD, check_base
+from mmdet_gdino_lora.lora.store.folder import PEFT_PREFIX
+from mmdet_gdino_lora.lora.tensors import ADAPTER, base_name, is_factor
+from mmdet_gdino_lora.peft_layers.insertion import insert, take_out
+from mmdet_gdino_lora.peft_layers.out_proj import in_todays_count
+
+
+@torch.no_grad()
+def load_adapter(detector: nn.Module, source: str, name: str) -> None:
+    """Puts another adapter beside those that the detector has, switched off.
+
+    Args:
+        detector: An injected detector.
+        source: A folder in PEFT's format (see :func:`~.files.export_adapter`) or a training
+            checkpoint. It may have another rank and other targets.
+        name: To call it by.
+
+    Raises:
+        ConfigError: If the name is taken, the files are damaged, or the adapter was trained on
+            another base.
+    """
+    state = _injected(detector)
+    if name in state.switch.adapters:
+        raise ConfigError(f'adapter {name!r} is there already; choose another name.')
+    if not name or '.' in name:
+        raise ConfigError(f'adapter {name!r}: a name needs a letter and must not have a dot.')
+    weights, note = _read(source)
+    _check_base(detector, note, source)
+    weights = in_todays_count(weights, note.get('attention_output_factor'))
+    requires_grad = {base_name(n): p.requires_grad for n, p in detector.named_parameters()}
+    insert(_config(note, source), detector, name)
+    state.switch.adapters_changed()
+    parameters = dict(detector.named_parameters())
+    added = {n for n in parameters if base_name(n) not in requires_grad}
+    for parameter_name, parameter in parameters.items():
+        parameter.requires_grad_(requires_grad.get(base_name(parameter_name), False))
+    slots = {_without_adapter(n, name): n for n in added}
+    factors = {key: tensor for key, tensor in weights.items() if is_factor(key)}
+    for key in sorted(slots.keys() | factors.keys()):
+        misfit = key not in slots or key not in factors
+        if misfit or parameters[slots[key]].shape != factors[key].shape:
+            take_out(detector, name)
+            set_adapter(detector, state.switch.active)
+            raise ConfigError(f'{source}: {key} does not fit this detector; use its own config.')
+        parameters[slots[key]].data = parameters[slots[key]].data.float()  # whatever the base is
+        parameters[slots[key]].copy_(factors[key])
+    state.switch.add(name, {n: tensor for n, tensor in weights.items() if n not in factors})
+    set_adapter(detector, state.switch.active)
+
+
+def set_adapter(
+    detector: nn.Module, adapter: Union[str, Mapping[str, float], None] = ADAPTER
+) -> None:
+    """Switches to an adapter, to a combination, or to the base.
+
+    Args:
+        detector: An injected detector.
+        adapter: A name; or weights by name: changes to the base are added up with these weights;
+            or None, for the base alone. The detector's own adapter is called ``'default'``.
+
+    Raises:
+        ConfigError: For a name that isn't loaded.
+    """
+    state = _injected(detector)
+    adapter = {} if adapter is None else adapter
+    for name in [adapter] if isinstance(adapter, str) else adapter:
+        if name not in state.switch.adapters:
+            there = sorted(state.switch.adapters)
+            raise ConfigError(f'adapter {name!r} is not loaded; there are {there}.')
+    state.switch.to(detector, adapter, partial(base_of, detector))
+
+
+@contextmanager
+def base_only(detector: nn.Module) -> Iterator[None]:
+    """Within, the detector is its base: adapters off, everything else at the base's values.
+
+    Args:
+        detector: An injected detector.
+
+    Yields:
+        Nothing.
+    """
+    with _injected(detector).switch.off(detector, partial(base_of, detector)):
+        yield
+
+
+def _check_base(detector: nn.Module, note: Mapping[str, Any], source: str) -> None:
+    """Sees to it that the adapter meets the base that it was trained on, if that is known."""
+    if note.get('base'):
+        check_base(detector, note['base'])
+    elif lora_state(detector).base is None:
+        raise ConfigError(
+            f'{source} has no record of the base that the adapter was trained on, and this '
+            'detector stands on random weights; set model.base_checkpoint to that base.'
+        )
+    else:
+        MMLogger.get_current_instance().warning(
+            '%s has no record of the base that the adapter was trained on; whether it was %s is '
+            'not known.',
+            source,
+            lora_state(detector).base,
+        )
+
+
+def _injected(detector: nn.Module) -> LoraState:
+    """The state, with what the trained adapter changes without factors taken down."""
+    state = lora_state(detector)
+    if state.config is None:
+        raise ConfigError('this detector has no adapters; set model.lora.')
+    state.switch.remember(detector, state.changed)
+    return state
+
+
+def _read(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights by plain name without adapter names, and the record that came with them."""
+    path = os.path.join(source, 'adapter_model.safetensors')
+    if os.path.isdir(source):
+        weights = {name.removeprefix(PEFT_PREFIX): w for name, w in read_weights(path).items()}
+        with safe_open(path, 'pt') as file:
+            note = json.loads((file.metadata() or {}).get(RECORD, '{}'))
+        return weights, note
+    content = read_file(source)
+    state_dict = content.get('state_dict', content)
+    metadata = getattr(state_dict, '_metadata', {}).get('', {})
+    weights = {_without_adapter(name, ADAPTER): w for name, w in state_dict.items()}
+    weights = {n if is_factor(n) else base_name(n): w for n, w in weights.items()}
+    return weights, metadata.get(RECORD, {})
+
+
+def _without_adapter(name: str, adapter: str) -> str:
+    if not is_factor(name):
+        return name
+    return name.replace(f'.{adapter}.', '.').removesuffix(f'.{adapter}')
+
+
+def _config(note: Mapping[str, Any], source: str) -> LoraConfig:
+    fields: Optional[dict] = note.get('adapter')
+    if fields is None:
+        path = os.path.join(source, 'adapter_config.json')
+        if not os.path.isfile(path):
+            raise ConfigError(f'{source} is no adapter: it says nothing of its targets and rank.')
+        with open(path, encoding='utf-8') as file:
+            fields = json.load(file)
+    fields = {k: v for k, v in fields.items() if k in LoraConfig.__dataclass_fields__}
+    if isinstance(fields.get('init_lora_weights'), str):
+        raise ConfigError(
+            f'{source}: an adapter that rewrote its base (init_lora_weights='
+            f'{fields["init_lora_weights"]!r}) cannot stand beside others; merge it.'
+        )
+    fields.update(modules_to_save=None, inference_mode=False)
+    return LoraConfig(**fields)
