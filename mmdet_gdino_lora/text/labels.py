@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mmdet_gdino_lora.text.tokens import CaptionTokenizer
+from mmdet_gdino_lora.text.tokenizer import CaptionTokenizer
 
 
 def token_labels(
