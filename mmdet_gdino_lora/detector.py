@@ -36,7 +36,7 @@ from mmdet_gdino_lora.lora import (
     set_adapter,
     set_frozen_eval,
 )
-from mmdet_gdino_lora.prediction import detect, validate
+from mmdet_gdino_lora.prediction import captions_to_predict, detect, validate
 from mmdet_gdino_lora.retain import Retention
 from mmdet_gdino_lora.samples import TokenTargets, caption_of, is_free_text
 from mmdet_gdino_lora.text import TokenizedCaption
@@ -239,20 +239,6 @@ class LoRAGroundingDINO(LeanGroundingDINO):
 
     # ---------------------------------------------------------------------- training and prediction
 
-    def forward(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """mmdet's entry, in the precision that the frozen weights need.
-
-        Args:
-            inputs: Normalised images [B, 3, H, W].
-            *args: Data samples, mode.
-            **kwargs: The same by name.
-
-        Returns:
-            As mmdet's, by mode.
-        """
-        with precision.autocast(inputs.device, self._base_dtype):
-            return super().forward(inputs, *args, **kwargs)
-
     def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
         """Weighted loss components of a batch.
 
@@ -263,6 +249,10 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         Returns:
             The head's components under the criterion's names.
         """
+        with precision.autocast(batch_inputs.device, self._base_dtype):
+            return self._loss(batch_inputs, batch_data_samples)
+
+    def _loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
         self._watch_gradients(batch_data_samples)
         lesson = None
         if self.retention is not None and self.training and self.retention.is_due():
@@ -298,18 +288,20 @@ class LoRAGroundingDINO(LeanGroundingDINO):
 
         Args:
             batch_inputs: Normalised images [B, 3, H, W].
-            batch_data_samples: With ``text``: class names, or a caption. Free text and
-                ``test_cfg.chunked_size`` are handled by mmdet's own code.
+            batch_data_samples: With ``text``: class names, or a caption. Names that take more than
+                one caption, or more than ``test_cfg.chunked_size``, are shown in several. Free text
+                is handled by mmdet's own code.
             rescale: Whether boxes are returned in the original image's pixels.
 
         Returns:
             The samples with ``pred_instances``: ``bboxes`` (absolute xyxy), ``scores`` in 0..1,
             ``labels`` and ``label_names``.
         """
-        if self._is_mmdets(batch_data_samples):
-            return super().predict(batch_inputs, batch_data_samples, rescale)
-        captions = self.captions(batch_data_samples)
-        detect(self, batch_inputs, batch_data_samples, captions, rescale)
+        with precision.autocast(batch_inputs.device, self._base_dtype):
+            if any(map(is_free_text, batch_data_samples)):
+                return super().predict(batch_inputs, batch_data_samples, rescale)
+            captions = captions_to_predict(self, batch_data_samples)
+            detect(self, batch_inputs, batch_data_samples, captions, rescale)
         return batch_data_samples
 
     def val_step(self, data: Union[dict, tuple, list]) -> list:
@@ -324,14 +316,10 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         """
         data = self.data_preprocessor(data, False)
         inputs, samples = data['inputs'], data['data_samples']
+        if any(map(is_free_text, samples)):
+            return self.predict(inputs, samples)
         with precision.autocast(inputs.device, self._base_dtype):
-            if self._is_mmdets(samples):
-                return self.predict(inputs, samples)
             return validate(self, inputs, samples)
-
-    def _is_mmdets(self, samples: SampleList) -> bool:
-        """Whether mmdet's own code predicts a batch."""
-        return self.test_cfg.get('chunked_size', -1) > 0 or any(map(is_free_text, samples))
 
 
 def _replaced(cfg: dict, old: str, new: str) -> dict:

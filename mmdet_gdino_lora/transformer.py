@@ -91,6 +91,46 @@ class LeanGroundingDINO(GroundingDINO):
         )
         return encoder_inputs, dict(memory_mask=mask, **levels)
 
+    def forward_transformer(
+        self,
+        img_feats: Sequence[Tensor],
+        text_dict: dict,
+        batch_data_samples: Optional[SampleList] = None,
+    ) -> dict:
+        """As mmdet's: from features to the head's inputs.
+
+        Args:
+            img_feats: Feature maps [B, C, H, W], one per level.
+            text_dict: As :meth:`encode_text` returns it.
+            batch_data_samples: As for :meth:`pre_transformer` and :meth:`pre_decoder`.
+
+        Returns:
+            Inputs of the head.
+        """
+        prepared = self.pre_transformer(img_feats, batch_data_samples)
+        return self.transform(prepared, text_dict, batch_data_samples)
+
+    def transform(
+        self,
+        prepared: tuple[dict, dict],
+        text_dict: dict,
+        batch_data_samples: Optional[SampleList] = None,
+    ) -> dict:
+        """The part of :meth:`forward_transformer` that depends on the caption.
+
+        Args:
+            prepared: What :meth:`pre_transformer` returned; it serves any number of captions.
+            text_dict: As :meth:`encode_text` returns it.
+            batch_data_samples: As for :meth:`pre_decoder`.
+
+        Returns:
+            Inputs of the head.
+        """
+        encoder_inputs, decoder_inputs = prepared
+        encoded = self.forward_encoder(**encoder_inputs, text_dict=text_dict)
+        selected, head_inputs = self.pre_decoder(batch_data_samples, **encoded)
+        return {**head_inputs, **self.forward_decoder(**decoder_inputs, **selected)}
+
     def select_proposals(
         self,
         memory: Tensor,
