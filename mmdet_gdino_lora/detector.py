@@ -226,7 +226,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
     # ------------------------------------------------------------------------------------- captions
 
     def captions(self, batch_data_samples: SampleList) -> list[TokenizedCaption]:
-        """Tokenised captions of a batch: the loader's, or made here from the class names.
+        """Returns one caption per image: the loader's, or one made of its classes.
 
         Args:
             batch_data_samples: As for :func:`~.samples.caption_of`.
@@ -240,7 +240,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
     # ---------------------------------------------------------------------- training and prediction
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
-        """Weighted loss components of a batch.
+        """Computes the weighted loss components of a batch.
 
         Args:
             batch_inputs: Normalised images [B, 3, H, W].
@@ -284,7 +284,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
     def predict(
         self, batch_inputs: Tensor, batch_data_samples: SampleList, rescale: bool = True
     ) -> SampleList:
-        """Detections of a batch.
+        """Detects what is in a batch.
 
         Args:
             batch_inputs: Normalised images [B, 3, H, W].
@@ -305,7 +305,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         return batch_data_samples
 
     def val_step(self, data: Union[dict, tuple, list]) -> list:
-        """Detections of a batch and, behind them, its losses for mmengine's ``ValLoop`` to log.
+        """Returns detections and, behind them, losses for mmengine's ``ValLoop`` to log.
 
         Args:
             data: A batch of the loader.

@@ -26,7 +26,7 @@ Captions = tuple[TokenizedCaption, ...]
 def captions_to_predict(
     detector: LoRAGroundingDINO, batch_data_samples: SampleList
 ) -> list[Captions]:
-    """Captions of a batch that have all of each image's classes between them.
+    """Returns captions that have all of each image's classes between them.
 
     Args:
         detector: Its ``test_cfg.chunked_size`` is the most names of a caption; where it is not set
@@ -84,13 +84,13 @@ def detect(
 
 
 def _token_positive_map(caption: TokenizedCaption) -> dict[int, list[int]]:
-    """mmdet's: the tokens of each class in the caption, numbered from 1."""
+    """Numbers the classes in the caption from 1, as mmdet does, and gives their tokens."""
     spans = [caption.token_spans[label] for label in caption.labels]
     return {number + 1: list(tokens) for number, tokens in enumerate(spans)}
 
 
 def _with_labels_of(caption: TokenizedCaption, instances: InstanceData) -> InstanceData:
-    """From the place of a class in its caption to its label."""
+    """Goes from the place of a class in its caption to its label."""
     if not isinstance(caption.labels, range):
         labels = torch.tensor(caption.labels)
         instances.labels = labels.to(instances.labels.device, non_blocking=True)[instances.labels]
@@ -98,7 +98,7 @@ def _with_labels_of(caption: TokenizedCaption, instances: InstanceData) -> Insta
 
 
 def _best(found: Sequence[InstanceData], most: int) -> InstanceData:
-    """mmdet keeps ``most`` of each caption; a user asks for that many of an image."""
+    """Keeps the best of all captions, where mmdet would keep ``most`` of each."""
     if len(found) == 1:
         return found[0]
     instances = InstanceData.cat(list(found))
@@ -112,7 +112,7 @@ def _add_label_names(instances: InstanceData, captions: Captions) -> None:
 
 @torch.no_grad()
 def validate(detector: LoRAGroundingDINO, inputs: Tensor, samples: SampleList) -> list:
-    """Detections of a batch, and its losses where they can be computed.
+    """Detects what is in a batch, and computes its losses where that can be done.
 
     Without ground truth there are none, and none where an image's classes take several captions:
     the objective is defined on one. Ranks need not agree on that, for without gradients the

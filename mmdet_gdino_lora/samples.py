@@ -16,7 +16,7 @@ from mmdet_gdino_lora.text.caption import ClassName
 
 
 def caption_of(sample: Any, tokenizer: CaptionTokenizer) -> TokenizedCaption:
-    """A sample's one caption, to train from: the loader's, or made here from the class names.
+    """Returns a sample's one caption, to train from: the loader's, or one made of its classes.
 
     Args:
         sample: With ``caption_tokens`` (from ``TokenSpans``), or with ``text``: class names (a
@@ -39,7 +39,7 @@ def caption_of(sample: Any, tokenizer: CaptionTokenizer) -> TokenizedCaption:
 def captions_of(
     sample: Any, tokenizer: CaptionTokenizer, chunk_size: int = 0
 ) -> tuple[TokenizedCaption, ...]:
-    """Captions that name all of a sample's classes between them, to predict from.
+    """Returns captions that name all of a sample's classes between them, to predict from.
 
     Args:
         sample: As for :func:`caption_of`.
@@ -67,7 +67,7 @@ def captions_of(
 
 
 def _written_caption(sample: Any, tokenizer: CaptionTokenizer) -> Optional[TokenizedCaption]:
-    """The caption that the loader or somebody wrote; None where class names make it."""
+    """Returns the caption that the loader or somebody wrote; None where class names make it."""
     given = sample.get('caption_tokens')
     if given is None and sample.get('tokens_positive') is not None:
         return tokenizer.from_text(sample.text, sample.tokens_positive)
@@ -75,7 +75,7 @@ def _written_caption(sample: Any, tokenizer: CaptionTokenizer) -> Optional[Token
 
 
 def _classes(sample: Any) -> tuple[Sequence[ClassName], Optional[Sequence[int]]]:
-    """Class names, and their labels where these are not 0, 1, 2, ..."""
+    """Returns class names, and their labels where these are not 0, 1, 2, ..."""
     chunks = sample.get('caption_tokens')
     if chunks:
         made_of = {label: name for chunk in chunks for label, name in chunk.made_of.items()}
@@ -97,7 +97,7 @@ def _classes(sample: Any) -> tuple[Sequence[ClassName], Optional[Sequence[int]]]
 
 
 def is_free_text(sample: Any) -> bool:
-    """Whether noun phrases have to be found in the caption (mmdet does that with nltk).
+    """Tells whether noun phrases have to be found in the caption (mmdet does that with nltk).
 
     Args:
         sample: As for :func:`caption_of`.
@@ -151,7 +151,7 @@ class TokenTargets:
     def _class_map(
         self, caption: TokenizedCaption, num_tokens: int, device: torch.device
     ) -> Tensor:
-        """Positive map of every class and, last, of none, [classes + 1, T]."""
+        """Marks the tokens of every class and, in the last row, of none, [classes + 1, T]."""
         spans = caption.token_spans
         key = (caption.text, spans if isinstance(spans, tuple) else None, num_tokens, device)
         if key in self._maps:
@@ -172,7 +172,7 @@ class TokenTargets:
 
 
 def with_resized_boxes(samples: SampleList) -> SampleList:
-    """Ground truth from the original image's pixels to the resized image's.
+    """Moves ground truth from the original image's pixels to the resized image's.
 
     mmdet's test pipelines resize first and load annotations afterwards.
 

@@ -37,7 +37,7 @@ class LeanGroundingDINO(GroundingDINO):
         self.decoder = FusedGroundingDinoDecoder(**decoder)
 
     def encode_text(self, captions: Sequence[TokenizedCaption]) -> dict[str, Tensor]:
-        """Text features in the transformer's width.
+        """Encodes captions in the transformer's width.
 
         Args:
             captions: One per image.
@@ -53,7 +53,7 @@ class LeanGroundingDINO(GroundingDINO):
     def pre_transformer(
         self, mlvl_feats: Sequence[Tensor], batch_data_samples: Optional[SampleList] = None
     ) -> tuple[dict, dict]:
-        """As mmdet's, without waiting for the device to learn the levels' sizes.
+        """Prepares features as mmdet does, without waiting for the device to learn the levels' sizes.
 
         Args:
             mlvl_feats: Feature maps [B, C, H, W], one per level.
@@ -97,7 +97,7 @@ class LeanGroundingDINO(GroundingDINO):
         text_dict: dict,
         batch_data_samples: Optional[SampleList] = None,
     ) -> dict:
-        """As mmdet's: from features to the head's inputs.
+        """Goes from features to the head's inputs, as mmdet does.
 
         Args:
             img_feats: Feature maps [B, C, H, W], one per level.
@@ -116,7 +116,7 @@ class LeanGroundingDINO(GroundingDINO):
         text_dict: dict,
         batch_data_samples: Optional[SampleList] = None,
     ) -> dict:
-        """The part of :meth:`forward_transformer` that depends on the caption.
+        """Does the part of :meth:`forward_transformer` that depends on the caption.
 
         Args:
             prepared: What :meth:`pre_transformer` returned; it serves any number of captions.
@@ -140,7 +140,7 @@ class LeanGroundingDINO(GroundingDINO):
         text_token_mask: Tensor,
         positions: Optional[Tensor] = None,
     ) -> Proposals:
-        """The encoder's proposals that become the decoder's queries.
+        """Selects the encoder's proposals that become the decoder's queries.
 
         Args:
             memory: Image features after the encoder [B, N, C].
@@ -170,7 +170,7 @@ class LeanGroundingDINO(GroundingDINO):
     def pre_decoder(
         self, batch_data_samples: Optional[SampleList] = None, **encoder_outputs: Any
     ) -> tuple[dict, dict]:
-        """Selects the decoder's queries among the encoder's proposals.
+        """Makes the decoder's inputs from the encoder's outputs.
 
         As mmdet's, but the encoder's outputs are returned in eval mode too (validation losses need
         them) and denoising may be off.
@@ -210,7 +210,7 @@ class LeanGroundingDINO(GroundingDINO):
         return decoder_inputs, head_inputs
 
     def forward_decoder(self, query: Tensor, **kwargs: Any) -> dict:
-        """As mmdet's, also without denoising queries.
+        """Decodes as mmdet does, also without denoising queries.
 
         Args:
             query: Content queries [B, Q, C].

@@ -89,7 +89,7 @@ class TokenSpans(BaseTransform):
         self._vocabularies = Memo(_VOCABULARIES)
 
     def transform(self, results: dict) -> dict:
-        """Adds the caption's keys, see the class.
+        """Adds the caption's keys; the class says which.
 
         Args:
             results: As mmdet's pipelines pass it on.

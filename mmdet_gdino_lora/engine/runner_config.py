@@ -15,7 +15,7 @@ from mmengine.logging import MessageHub
 
 
 def runner_config() -> Mapping[str, Any]:
-    """Config of the current mmengine run.
+    """Reads the config of the current mmengine run.
 
     Returns:
         The config; empty outside a run.
@@ -32,7 +32,7 @@ def _parse(text: str) -> Config:
 
 
 def annotations_follow_resize(config: Mapping[str, Any]) -> bool:
-    """Whether a run's validation boxes are in the original image's pixels.
+    """Tells whether a run's validation boxes are in the original image's pixels.
 
     Args:
         config: A run's config.

@@ -41,7 +41,7 @@ ClassName = Union[str, Prompt]
 
 
 def clean_name(name: str) -> str:
-    """Class name as it stands in a caption: no parentheses, no underscores; case is kept.
+    """Cleans a class name for a caption: parentheses and underscores go, case is kept.
 
     Equal to mmdet's ``clean_label_name``, odd spaces at the ends included, so that captions and
     character spans are the same to the letter.
@@ -57,7 +57,7 @@ def clean_name(name: str) -> str:
 
 
 def split_names(text: str) -> list[str]:
-    """Names that somebody wrote into one text: ``'hot dog . car'``, or ``'hot dog. car.'``.
+    """Finds the names in one text: ``'hot dog . car'``, or ``'hot dog. car.'``.
 
     A dot that stands alone separates names, and where there is one, no other dot does:
     ``'U.S. flag . car'`` has two. Without any the names end in a dot and a space, as in a caption
@@ -78,7 +78,7 @@ def split_names(text: str) -> list[str]:
 def prompted(
     names: Iterable[str], caption_prompt: Optional[Mapping[str, Mapping[str, str]]]
 ) -> tuple[ClassName, ...]:
-    """Class names with what a data set's ``caption_prompt`` says for them.
+    """Joins class names with what a data set's ``caption_prompt`` says for them.
 
     mmdet's format and results (``GroundingDINO.to_enhance_text_prompts``); a class is also found by
     its name before cleaning.
@@ -114,7 +114,7 @@ def prompted(
 
 
 def as_prompt(name: ClassName) -> Prompt:
-    """What a caption says for a class.
+    """Takes a name for a prompt that says nothing else.
 
     Args:
         name: Its name, or the prompt itself.
@@ -142,7 +142,7 @@ class Caption:
 
 
 def build_caption(names: Iterable[ClassName]) -> Caption:
-    """Caption of class names, mmdet's form: every name is cleaned and followed by ``'. '``.
+    """Writes class names as mmdet does: every name is cleaned and followed by ``'. '``.
 
     Spans are counted while the caption is put together; searching it for the name would find
     "dog" in "hot dog".

@@ -152,7 +152,7 @@ class GroundingTextEncoder(BaseModel):
     # ------------------------------------------------------------------------------------- encoding
 
     def forward(self, captions: Sequence[str], **kwargs: Any) -> dict[str, Tensor]:
-        """Features of captions given as text; mmdet's interface.
+        """Encodes captions given as text; mmdet calls it so.
 
         Args:
             captions: Captions that end with a dot. One longer than ``max_tokens`` is cut.
@@ -164,7 +164,7 @@ class GroundingTextEncoder(BaseModel):
         return self.encode([self.caption_tokenizer.from_plain_text(text) for text in captions])
 
     def encode(self, captions: Sequence[TokenizedCaption]) -> dict[str, Tensor]:
-        """Features of tokenised captions.
+        """Encodes tokenised captions.
 
         Args:
             captions: One per image; equal ones cost nothing.
@@ -219,7 +219,7 @@ class GroundingTextEncoder(BaseModel):
     def _segment_features(
         self, segments: Sequence[Segment], device: torch.device
     ) -> tuple[Tensor, np.ndarray]:
-        """Features of segments as rows [R, 1 or 2, C], and the row where each one begins."""
+        """Returns features of segments, [R, 1 or 2, C], and where each one begins in there."""
         state = _state(self.language_backbone)
         if state.trainable:
             self.clear_cache()
@@ -295,7 +295,7 @@ class _BertBody(nn.Module):
         self.use_checkpoint = use_checkpoint
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Features of segments.
+        """Encodes segments.
 
         Args:
             input_ids: Token ids [N, L].

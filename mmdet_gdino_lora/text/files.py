@@ -53,7 +53,7 @@ def text_model(name: str, load: Callable[..., _T], **kwargs: Any) -> _T:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a text model.
+    """Loads the fast tokenizer of a text model.
 
     Args:
         name: Folder, or name on the Hugging Face hub.
@@ -68,7 +68,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a text model's name can only be meant as a folder.
+    """Tells whether a text model's name can only be meant as a folder.
 
     Args:
         name: ``'bert-base-uncased'`` and ``'owner/model'`` may be on the hub.
@@ -97,7 +97,7 @@ def _check_config_file(what: str, folder: str) -> None:
 
 
 def _told(error: Exception, in_folder: bool) -> Optional[str]:
-    """What went wrong and what helps; None for an error that no config can mend."""
+    """Says what went wrong and what helps; None for an error that no config can mend."""
     reason = _first_line(error)
     if isinstance(error, ImportError):
         return f' needs a package that is missing: {reason}; install it'

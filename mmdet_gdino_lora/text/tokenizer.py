@@ -98,7 +98,7 @@ class CaptionTokenizer:
         return self.max_tokens - 2
 
     def lengths(self, names: Sequence[ClassName]) -> np.ndarray:
-        """Tokens that each class takes in a caption, its separator included.
+        """Counts the tokens that each class takes in a caption, its separator included.
 
         Args:
             names: Class names or prompts.
@@ -114,7 +114,7 @@ class CaptionTokenizer:
     def from_names(
         self, names: Sequence[ClassName], labels: Optional[Sequence[int]] = None
     ) -> TokenizedCaption:
-        """Caption of class names.
+        """Makes a caption of class names, once.
 
         Args:
             names: Class names, as a dataset gives them, or prompts.
@@ -136,7 +136,7 @@ class CaptionTokenizer:
     def from_text(
         self, text: str, tokens_positive: Union[Sequence, Mapping[int, Sequence]]
     ) -> TokenizedCaption:
-        """Caption that somebody wrote, with the characters of every phrase in it.
+        """Tokenises a caption that somebody wrote, and finds every phrase in it.
 
         A caption longer than ``max_tokens`` is cut, if no phrase is lost by that.
 
@@ -164,7 +164,7 @@ class CaptionTokenizer:
         return caption
 
     def from_plain_text(self, text: str) -> TokenizedCaption:
-        """Caption as it is, without classes; cut where it is longer than ``max_tokens``.
+        """Tokenises a caption as it is, without classes, cut at ``max_tokens``.
 
         Args:
             text: The caption.
@@ -181,7 +181,7 @@ class CaptionTokenizer:
     def join(
         self, names: Sequence[ClassName], labels: Optional[Sequence[int]] = None
     ) -> TokenizedCaption:
-        """As :meth:`from_names`, but the caption is not remembered.
+        """Does what :meth:`from_names` does, but doesn't remember the caption.
 
         Args:
             names: Class names or prompts.
@@ -225,7 +225,7 @@ class CaptionTokenizer:
         labels: Optional[Sequence[int]] = None,
         chunk_size: Optional[int] = None,
     ) -> tuple[TokenizedCaption, ...]:
-        """Captions that have all class names between them, as many as it takes.
+        """Makes captions that have all class names between them, as many as it takes.
 
         Args:
             names: Class names or prompts.
@@ -343,7 +343,7 @@ class CaptionTokenizer:
 def special_token_ids(
     tokenizer: PreTrainedTokenizerBase, special_tokens: Sequence[str]
 ) -> tuple[int, ...]:
-    """Ids of the tokens that end a segment.
+    """Looks up the tokens that end a segment.
 
     Args:
         tokenizer: Whose vocabulary is asked.

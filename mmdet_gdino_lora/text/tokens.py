@@ -73,7 +73,7 @@ class TokenizedCaption:
         return len(self.input_ids)
 
     def positive_map(self, labels: Any, num_tokens: Optional[int] = None) -> np.ndarray:
-        """Which tokens stand for each object.
+        """Marks the tokens that stand for each object.
 
         Args:
             labels: Class labels [N]; -1 marks a padded row.
@@ -94,7 +94,7 @@ class TokenizedCaption:
         return result
 
     def class_map(self, num_tokens: Optional[int] = None) -> np.ndarray:
-        """Positive map of every class, to be indexed by label.
+        """Marks the tokens that stand for each class, to be indexed by label.
 
         Args:
             num_tokens: Columns; defaults to the number of tokens.
@@ -121,7 +121,7 @@ class TokenizedCaption:
 
 
 def segments(is_special: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Segments of a caption and positions in them.
+    """Parts a caption into segments, and counts positions anew in each.
 
     Equal to mmdet's ``generate_masks_with_special_tokens_and_transfer_map`` for one caption
     without padding. There the last token and those before it that no special token ends (a caption
@@ -145,7 +145,7 @@ def segments(is_special: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def shortened(text: str, length: int = 60) -> str:
-    """A caption as an error message shows it.
+    """Shortens a caption for an error message.
 
     Args:
         text: The caption.
