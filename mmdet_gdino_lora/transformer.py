@@ -53,7 +53,7 @@ class LeanGroundingDINO(GroundingDINO):
     def pre_transformer(
         self, mlvl_feats: Sequence[Tensor], batch_data_samples: Optional[SampleList] = None
     ) -> tuple[dict, dict]:
-        """Prepares features as mmdet does, without waiting for the device to learn the levels' sizes.
+        """Prepares features as mmdet does; the device isn't asked for the levels' sizes.
 
         Args:
             mlvl_feats: Feature maps [B, C, H, W], one per level.
