@@ -11,7 +11,7 @@ from mmdet.utils import register_all_modules
 from torch import nn
 
 import mmdet_gdino_lora  # noqa: F401
-from tests.builders import THREADS, WORDS, build, data_samples, detector_cfg
+from tests.builders import THREADS, WORDS, build, data_samples
 
 MANY = [f'{a} {b}' for a in WORDS for b in WORDS]  # of more tokens than a caption has
 
@@ -33,7 +33,7 @@ def main(work_dir: str, text_dir: str, base: str) -> None:
     register_all_modules(init_default_scope=True)
     torch.set_num_threads(THREADS)
     rank = torch.distributed.get_rank()
-    detector = build(detector_cfg(text_dir, base_checkpoint=base)).eval()
+    detector = build(text_dir, base_checkpoint=base).eval()
     torch.distributed.barrier()
     if rank == 0:
         results = [losses(detector, WORDS[:4], [3, 1]), losses(detector, WORDS[:4], [2])]

@@ -46,16 +46,13 @@ def test_prediction_and_validation_need_no_setting_of_their_own(text_dir: str, b
 def test_loss_and_predict_run_in_the_right_precision_without_forward(
     text_dir: str, base: str
 ) -> None:
-    detector = build(
-        detector_cfg(text_dir, base_checkpoint=base, base_dtype='bfloat16', dn_cfg=None)
-    )
-    batch = lambda: data_samples(WORDS[:6], (3, 1))  # noqa: E731
-    losses = detector.train().loss(IMAGES, batch())
-    for name, value in detector(IMAGES, batch(), mode='loss').items():
+    detector = build(text_dir, base_checkpoint=base, base_dtype='bfloat16', dn_cfg=None)
+    losses = detector.train().loss(IMAGES, data_samples(WORDS[:6], (3, 1)))
+    for name, value in detector(IMAGES, data_samples(WORDS[:6], (3, 1)), mode='loss').items():
         assert torch.equal(value, losses[name])
     with torch.no_grad():
-        direct = detector.eval().predict(IMAGES, batch())
-        through = detector(IMAGES, batch(), mode='predict')
+        direct = detector.eval().predict(IMAGES, data_samples(WORDS[:6], (3, 1)))
+        through = detector(IMAGES, data_samples(WORDS[:6], (3, 1)), mode='predict')
     for one, other in zip(direct, through):
         assert torch.equal(one.pred_instances.scores, other.pred_instances.scores)
         assert torch.equal(one.pred_instances.bboxes, other.pred_instances.bboxes)

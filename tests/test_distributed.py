@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.builders import SMALL_ENCODER, WORDS, build, detector_cfg
+from tests.builders import SMALL_ENCODER, WORDS, build
 from tests.run_small import run
 from tests.run_validation import losses
 
@@ -76,7 +76,7 @@ def test_ranks_validate_without_waiting_for_each_other(
 ) -> None:
     first, second = launch('tests.run_validation', tmp_path, text_dir, base)
     assert second == [{}, {}]  # no ground truth, and classes of several captions
-    detector = build(detector_cfg(text_dir, base_checkpoint=base)).eval()
+    detector = build(text_dir, base_checkpoint=base).eval()
     for found, boxes in zip(first, ([3, 1], [2])):
         expected = losses(detector, WORDS[:4], boxes)
         assert found.keys() == expected.keys()

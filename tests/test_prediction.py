@@ -9,7 +9,7 @@ from torch import nn
 
 from mmdet_gdino_lora import TokenSpans
 from mmdet_gdino_lora.errors import ConfigError
-from tests.builders import WORDS, build, data_samples, detector_cfg
+from tests.builders import WORDS, build, data_samples
 
 FEW = ['hot dog', 'dog', 'red_circle', 'small bird (left)', 'car', 'green star']
 MANY = [f'{a} {b}' for a in WORDS for b in WORDS]  # 3 tokens each, 84 of them in a caption
@@ -18,7 +18,7 @@ IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope='module')
 def detector(text_dir: str, base: str) -> nn.Module:
-    return build(detector_cfg(text_dir, lora=None, base_checkpoint=base)).eval()
+    return build(text_dir, lora=None, base_checkpoint=base).eval()
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from mmengine.config import Config
@@ -11,18 +9,11 @@ from mmengine.logging import MessageHub
 from torch import nn
 
 from mmdet_gdino_lora.engine.runner_config import annotations_follow_resize, runner_config
-from tests.builders import WORDS, build, data_samples, detector_cfg
+from tests.builders import WORDS, build, data_samples
 
 RESIZE = dict(type='FixScaleResize', scale=(800, 1333), keep_ratio=True)
 LOAD = dict(type='LoadAnnotations', with_bbox=True)
 PACK = dict(type='PackDetInputs')
-
-
-@pytest.fixture(autouse=True)
-def _no_run() -> Iterator[None]:
-    hub = MessageHub.get_current_instance()
-    yield
-    hub.runtime_info.pop('cfg', None)
 
 
 def start_run(pipeline: list, **keys) -> None:
@@ -75,7 +66,7 @@ def validated(detector: nn.Module, by_hand: bool) -> dict[str, torch.Tensor]:
 def test_validation_losses_are_those_of_boxes_resized_with_their_image(
     text_dir: str, base: str
 ) -> None:
-    detector = build(detector_cfg(text_dir, base_checkpoint=base)).eval()
+    detector = build(text_dir, base_checkpoint=base).eval()
     start_run([RESIZE, LOAD, PACK])
     losses = validated(detector, by_hand=False)
     start_run([LOAD, RESIZE, PACK])

@@ -10,7 +10,7 @@ from mmdet_gdino_lora import TokenSpans
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.samples import TokenTargets
 from mmdet_gdino_lora.text import CaptionTokenizer
-from tests.builders import build, data_samples, detector_cfg
+from tests.builders import build, data_samples
 
 NAMES = ['hot dog', 'dog', 'red circle', 'bird', 'car', 'star']
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -18,7 +18,7 @@ IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope='module')
 def detector(text_dir: str, base: str) -> nn.Module:
-    return build(detector_cfg(text_dir, base_checkpoint=base)).train()
+    return build(text_dir, base_checkpoint=base).train()
 
 
 def samples_with(labels: list[int]) -> list:

@@ -17,7 +17,7 @@ from mmdet_gdino_lora import TokenSpans
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.samples import caption_of, captions_of
 from mmdet_gdino_lora.text import CaptionTokenizer, build_caption, prompted, split_names
-from tests.builders import build, data_samples, detector_cfg, stock_cfg
+from tests.builders import build, build_stock, data_samples
 
 ROOT = Path(__file__).parent.parent
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -171,7 +171,7 @@ def test_a_class_is_found_by_its_name_before_cleaning_too_and_other_keys_are_tol
 
 @pytest.fixture(scope='module')
 def detector(text_dir: str, base: str) -> nn.Module:
-    return build(detector_cfg(text_dir, base_checkpoint=base, dn_cfg=None))
+    return build(text_dir, base_checkpoint=base, dn_cfg=None)
 
 
 def prompted_samples(prompts=PROMPTS, transform=None):
@@ -189,9 +189,7 @@ def detections(detector, samples):
 
 
 def test_prompted_classes_are_detected_as_mmdet_does(detector, text_dir, base):
-    cfg = stock_cfg(text_dir)
-    cfg.language_model.type = 'GroundingTextEncoder'
-    stock = build(cfg)
+    stock = build_stock(text_dir)
     stock.load_state_dict(torch.load(base)['state_dict'])
     expected = detections(stock, prompted_samples())
     plain = detections(detector, prompted_samples(None))
