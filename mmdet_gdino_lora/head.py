@@ -18,6 +18,7 @@ from mmdet.structures import SampleList
 from mmdet.structures.bbox import bbox_xyxy_to_cxcywh
 from mmdet.utils import InstanceList
 from mmengine.logging import print_log
+from mmengine.structures import InstanceData
 from torch import Tensor
 
 from mmdet_gdino_lora.objective import GroundingDINOCriterion
@@ -213,3 +214,34 @@ class GroundingDINOCriterionHead(GroundingDINOHead):
         return super().predict(
             hidden_states, references, memory_text, text_token_mask, batch_data_samples, rescale
         )
+
+    def _predict_by_feat_single(
+        self,
+        cls_score: Tensor,
+        bbox_pred: Tensor,
+        token_positive_maps: Optional[dict],
+        img_meta: dict,
+        rescale: bool = True,
+    ) -> InstanceData:
+        """As mmdet's, also where ``max_per_img`` is more than there are queries times classes.
+
+        Args:
+            cls_score: Token logits [Q, T].
+            bbox_pred: Boxes [Q, 4], (cx, cy, w, h) in 0..1.
+            token_positive_maps: Class number from 1 to its tokens; None for one class.
+            img_meta: ``img_shape`` and ``scale_factor``.
+            rescale: Whether boxes are returned in the original image's pixels.
+
+        Returns:
+            ``bboxes`` (absolute xyxy), ``scores`` in 0..1, ``labels``.
+        """
+        test_cfg = self.test_cfg
+        classes = 1 if token_positive_maps is None else len(token_positive_maps)
+        most = min(test_cfg.get('max_per_img', len(cls_score)), len(cls_score) * classes)
+        self.test_cfg = {**test_cfg, 'max_per_img': most}
+        try:
+            return super()._predict_by_feat_single(
+                cls_score, bbox_pred, token_positive_maps, img_meta, rescale
+            )
+        finally:
+            self.test_cfg = test_cfg

@@ -129,10 +129,11 @@ class Retention:
             self._lengths = tokenizer.lengths(self.names)
         except ConfigError as error:
             raise ConfigError(f'model.retain.names: {error}') from error
-        if self._lengths.max() > tokenizer.room:
+        most = tokenizer.max_name_tokens
+        if self._lengths.max() > most:
             longest = self.names[int(self._lengths.argmax())]
             raise ConfigError(
-                f'model.retain.names: {longest!r} alone takes more than the {tokenizer.room} '
+                f'model.retain.names: {longest!r} alone takes more than the {most} '
                 'tokens that a caption has for it; shorten it or leave it out'
             )
 
@@ -225,10 +226,10 @@ class Retention:
     def _caption(self) -> TokenizedCaption:
         """All names, or as many as fit, drawn anew each time."""
         lengths, tokenizer = self._lengths, self._tokenizer
-        if lengths.sum() <= tokenizer.room:
+        if lengths.sum() <= tokenizer.max_name_tokens:
             return tokenizer.from_names(self.names)
         order = torch.randperm(len(self.names)).numpy()
-        fitting = np.searchsorted(lengths[order].cumsum(), tokenizer.room, side='right')
+        fitting = np.searchsorted(lengths[order].cumsum(), tokenizer.max_name_tokens, side='right')
         return tokenizer.join([self.names[place] for place in order[:fitting]])
 
 

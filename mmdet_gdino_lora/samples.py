@@ -2,40 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from mmdet.structures import SampleList
 from torch import Tensor
 
 from mmdet_gdino_lora.errors import ConfigError
-from mmdet_gdino_lora.text import CaptionTokenizer, TokenizedCaption
+from mmdet_gdino_lora.text import CaptionTokenizer, TokenizedCaption, prompted, split_names
+from mmdet_gdino_lora.text.caption import ClassName
 
 
 def caption_of(sample: Any, tokenizer: CaptionTokenizer) -> TokenizedCaption:
-    """A sample's tokenised caption: the loader's, or made here from the class names.
+    """Returns a sample's one caption, to train from: the loader's, or one made of its classes.
 
     Args:
-        sample: With ``caption_tokens`` (from ``TokenSpans``), or with ``text``: a sequence of class
-            names, names joined by `` . ``, or a caption together with ``tokens_positive``.
+        sample: With ``caption_tokens`` (from ``TokenSpans``), or with ``text``: class names (a
+            sequence, a dict by label, or names joined by ``' . '``), or a caption together with
+            ``tokens_positive``. ``caption_prompt`` says more for some class names.
         tokenizer: The text encoder's.
 
     Returns:
         The caption.
+
+    Raises:
+        ConfigError: The classes take more than one caption, or there are none.
     """
-    if 'caption_tokens' in sample:
-        return sample.caption_tokens
-    if sample.get('tokens_positive') is not None:
+    caption = _written_caption(sample, tokenizer)
+    if caption is not None:
+        return caption
+    return tokenizer.from_names(*_classes(sample))
+
+
+def captions_of(
+    sample: Any, tokenizer: CaptionTokenizer, chunk_size: int = 0
+) -> tuple[TokenizedCaption, ...]:
+    """Returns captions that name all of a sample's classes between them, to predict from.
+
+    Args:
+        sample: As for :func:`caption_of`.
+        tokenizer: The text encoder's.
+        chunk_size: Most class names of a caption; 0: as many as fit.
+
+    Returns:
+        The captions.
+
+    Raises:
+        ConfigError: A sampled caption, which lacks classes; or no classes.
+    """
+    caption = _written_caption(sample, tokenizer)
+    if caption is None:
+        return tokenizer.in_chunks(*_classes(sample), chunk_size=chunk_size)
+    if caption.made_of is None:
+        return (caption,)
+    if not isinstance(caption.made_of, tuple):
+        raise ConfigError(
+            'TokenSpans.num_negatives is set in the test pipeline, so that captions lack classes, '
+            'which then could not be detected; remove it there: classes that take more than one '
+            'caption are shown in several'
+        )
+    return tokenizer.in_chunks(caption.made_of, chunk_size=chunk_size) if chunk_size else (caption,)
+
+
+def _written_caption(sample: Any, tokenizer: CaptionTokenizer) -> Optional[TokenizedCaption]:
+    """Returns the caption that the loader or somebody wrote; None where class names make it."""
+    given = sample.get('caption_tokens')
+    if given is None and sample.get('tokens_positive') is not None:
         return tokenizer.from_text(sample.text, sample.tokens_positive)
-    names = sample.text
-    if isinstance(names, str):
-        names = [name for name in (part.strip(' .') for part in names.split('. ')) if name]
-    return tokenizer.from_names(names)
+    return given if isinstance(given, TokenizedCaption) else None
+
+
+def _classes(sample: Any) -> tuple[Sequence[ClassName], Optional[Sequence[int]]]:
+    """Returns class names, and their labels where these are not 0, 1, 2, ..."""
+    chunks = sample.get('caption_tokens')
+    if chunks:
+        made_of = {label: name for chunk in chunks for label, name in chunk.made_of.items()}
+        names, labels = list(made_of.values()), list(made_of)
+    else:
+        names, labels = sample.text, None
+        if isinstance(names, str):
+            names = split_names(names)
+        elif isinstance(names, Mapping):
+            names, labels = list(names.values()), [int(label) for label in names]
+        names = prompted(names, sample.get('caption_prompt'))
+    if not names:
+        raise ConfigError(
+            f'the text {sample.text!r} of an image names no class; set return_classes=True of its '
+            "data set, or write 'red star . dog'"
+        )
+    in_order = labels is None or labels == list(range(len(labels)))
+    return names, None if in_order else labels
 
 
 def is_free_text(sample: Any) -> bool:
-    """Whether noun phrases have to be found in the caption (mmdet does that with nltk).
+    """Tells whether noun phrases have to be found in the caption (mmdet does that with nltk).
 
     Args:
         sample: As for :func:`caption_of`.
@@ -67,6 +129,9 @@ class TokenTargets:
     ) -> None:
         """Adds ``positive_maps`` [N, T] and ``text_token_mask`` [N, T] to the ground truth.
 
+        Rows of objects whose class the caption lacks, and of labels past all classes, are zero: the
+        criterion, which brings labels and spans to the host anyway, refuses them by name.
+
         Args:
             samples: With ``gt_instances``.
             captions: One per image.
@@ -78,13 +143,15 @@ class TokenTargets:
         for sample, caption, mask in zip(samples, captions, text_token_mask):
             instances = sample.gt_instances
             positive_map = self._class_map(caption, mask.shape[0], mask.device)
-            instances.positive_maps = positive_map[instances.labels]
+            # its last row is that of no class; -1, a padded row, finds it from behind
+            labels = instances.labels.clamp(-1, len(positive_map) - 1)
+            instances.positive_maps = positive_map[labels]
             instances.text_token_mask = mask[None].expand(len(instances.labels), -1)
 
     def _class_map(
         self, caption: TokenizedCaption, num_tokens: int, device: torch.device
     ) -> Tensor:
-        """Positive map of every class, [classes, T]."""
+        """Marks the tokens of every class and, in the last row, of none, [classes + 1, T]."""
         spans = caption.token_spans
         key = (caption.text, spans if isinstance(spans, tuple) else None, num_tokens, device)
         if key in self._maps:
@@ -96,7 +163,7 @@ class TokenTargets:
                 f'{len(positive_map)} classes of the data, and denoising needs a label for each; '
                 f'set it to {len(positive_map)} or more.'
             )
-        positive_map = positive_map.to(device, non_blocking=True)
+        positive_map = F.pad(positive_map, (0, 0, 0, 1)).to(device, non_blocking=True)
         if isinstance(spans, tuple):  # hardly a sampled caption comes twice
             if len(self._maps) >= 64:
                 self._maps.clear()
@@ -105,7 +172,7 @@ class TokenTargets:
 
 
 def with_resized_boxes(samples: SampleList) -> SampleList:
-    """Ground truth from the original image's pixels to the resized image's.
+    """Moves ground truth from the original image's pixels to the resized image's.
 
     mmdet's test pipelines resize first and load annotations afterwards.
 

@@ -43,6 +43,21 @@ def test_prediction_and_validation_need_no_setting_of_their_own(text_dir: str, b
     assert torch.isfinite(losses.loss['loss_ce'])
 
 
+def test_loss_and_predict_run_in_the_right_precision_without_forward(
+    text_dir: str, base: str
+) -> None:
+    detector = build(text_dir, base_checkpoint=base, base_dtype='bfloat16', dn_cfg=None)
+    losses = detector.train().loss(IMAGES, data_samples(WORDS[:6], (3, 1)))
+    for name, value in detector(IMAGES, data_samples(WORDS[:6], (3, 1)), mode='loss').items():
+        assert torch.equal(value, losses[name])
+    with torch.no_grad():
+        direct = detector.eval().predict(IMAGES, data_samples(WORDS[:6], (3, 1)))
+        through = detector(IMAGES, data_samples(WORDS[:6], (3, 1)), mode='predict')
+    for one, other in zip(direct, through):
+        assert torch.equal(one.pred_instances.scores, other.pred_instances.scores)
+        assert torch.equal(one.pred_instances.bboxes, other.pred_instances.bboxes)
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_a_step_under_autocast_is_close_to_one_without(
     text_dir: str, base: str, dtype: torch.dtype

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.builders import SMALL_ENCODER
+from tests.builders import SMALL_ENCODER, WORDS, build
 from tests.run_small import run
+from tests.run_validation import losses
 
 ROOT = Path(__file__).parent.parent
 # Dropout, denoising and augmentation draw numbers of their own on every rank.
@@ -24,14 +25,19 @@ STILL = dict(flicker=1, dn_cfg=None, encoder=dict(SMALL_ENCODER, fusion_layer_cf
 
 def ranks(work_dir: Path, text_dir: str, base: str, settings: dict[str, Any]) -> list[dict]:
     """Weights of two ranks after training on halves of every batch."""
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    arguments = [str(work_dir), text_dir, base, json.dumps(settings)]
+    return launch('tests.run_ranks', work_dir, text_dir, base, json.dumps(settings))
+
+
+def launch(module: str, work_dir: Path, *arguments: str) -> list:
+    """What two ranks leave in the work dir."""
+    launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     result = subprocess.run(
-        [*launch, '-m', 'tests.run_ranks', *arguments],
+        [*launcher, '-m', module, str(work_dir), *arguments],
         cwd=ROOT,
         env=dict(os.environ, OMP_NUM_THREADS='1'),
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr[-6000:]
     return [torch.load(work_dir / f'{rank}.pth') for rank in (0, 1)]
@@ -63,3 +69,16 @@ def test_every_preset_denoising_and_a_teacher_now_and_then_keep_the_ranks_togeth
     first, second = ranks(tmp_path / 'ranks', text_dir, base, settings)
     assert change(first, second) == 0
     assert any(weight.any() for name, weight in first.items() if 'lora_B' in name)
+
+
+def test_ranks_validate_without_waiting_for_each_other(
+    text_dir: str, base: str, tmp_path: Path
+) -> None:
+    first, second = launch('tests.run_validation', tmp_path, text_dir, base)
+    assert second == [{}, {}]  # no ground truth, and classes of several captions
+    detector = build(text_dir, base_checkpoint=base).eval()
+    for found, boxes in zip(first, ([3, 1], [2])):
+        expected = losses(detector, WORDS[:4], boxes)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value)

@@ -6,9 +6,11 @@ import logging
 
 import pytest
 import torch
+from mmdet.models.dense_heads import GroundingDINOHead
+from mmdet.models.language_models import BertModel
 from mmengine.logging import MMLogger
 
-from mmdet_gdino_lora import build_criterion
+from mmdet_gdino_lora import GroundingDINOCriterionHead, GroundingTextEncoder, build_criterion
 from tests.builders import build, build_cfg, data_samples, stock_cfg
 
 MMDETS = dict(type='FocalLoss', use_sigmoid=True, gamma=1.5, alpha=0.3, loss_weight=1.0)
@@ -30,6 +32,16 @@ def test_a_two_line_config_keeps_its_own_loss_weights_and_focal_constants(text_d
     assert (weights['loss_bbox'], weights['loss_giou']) == (3.0, 2.0)
     assert (criterion.focal_alpha, criterion.focal_gamma) == (0.3, 1.5)
     assert [cost.weight for cost in criterion.matcher.costs] == [2.0, 5.0, 2.0]
+
+
+@pytest.mark.parametrize('as_class', [False, True], ids=['with a scope', 'as a class'])
+def test_mmdets_classes_are_exchanged_however_the_config_names_them(text_dir, as_class):
+    cfg = two_lines(text_dir)
+    cfg.language_model.type = BertModel if as_class else 'mmdet.BertModel'
+    cfg.bbox_head.type = GroundingDINOHead if as_class else 'mmdet.GroundingDINOHead'
+    detector = build_cfg(cfg)
+    assert isinstance(detector.language_model, GroundingTextEncoder)
+    assert isinstance(detector.bbox_head, GroundingDINOCriterionHead)
 
 
 def test_what_the_criterion_is_told_itself_counts_more(text_dir):

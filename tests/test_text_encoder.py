@@ -22,7 +22,7 @@ from transformers import BertConfig, BertModel
 
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.text import GroundingTextEncoder
-from mmdet_gdino_lora.text.cache import SegmentCache
+from mmdet_gdino_lora.text.cache import Memo
 
 SPECIAL = ['[CLS]', '[SEP]', '.', '?']
 NAMES = [
@@ -212,8 +212,8 @@ def test_remembered_features_are_nobody_elses_memory(bert_dir):
     expected = encoder([caption(NAMES)])['embedded'].clone()
     encoder([caption(NAMES)])['embedded'].zero_()
     assert torch.equal(encoder([caption(NAMES)])['embedded'], expected)
-    assert encoder._cache.nbytes == sum(
-        features.untyped_storage().nbytes() for features in encoder._cache._features.values()
+    assert encoder._cache.currsize == sum(
+        features.untyped_storage().nbytes() for features in encoder._cache.values()
     )
 
 
@@ -312,17 +312,33 @@ def test_a_copied_or_pickled_encoder_remembers_nothing(bert_dir):
 
 
 def test_memory_is_bounded_and_the_least_recently_used_goes_first():
-    cache = SegmentCache(max_bytes=3 * 40)
+    cache = Memo(3 * 40, nbytes)
     for key in 'abc':
-        cache.put(key, torch.zeros(10))
+        cache.add(key, torch.zeros(10))
     assert cache.get('a') is not None
-    cache.put('d', torch.zeros(10))
+    cache.add('d', torch.zeros(10))
     assert [key for key in 'abcd' if cache.get(key) is not None] == ['a', 'c', 'd']
-    cache.put('d', torch.zeros(20))
-    assert (cache.get('a'), cache.nbytes, len(cache)) == (None, 120, 2)
-    cache.put('e', torch.zeros(99))
-    assert (cache.nbytes, len(cache)) == (0, 0)
-    assert len(pickle.loads(pickle.dumps(cache))) == 0
+    cache.add('d', torch.zeros(20))
+    assert (cache.get('a'), cache.currsize, len(cache)) == (None, 120, 2)
+    large = torch.zeros(99)
+    assert cache.add('e', large) is large
+    assert (cache.get('e'), cache.currsize, len(cache)) == (None, 120, 2)
+    cache.add('d', large)  # nor is the old value answered in its place
+    assert (cache.get('d'), cache.currsize, len(cache)) == (None, 40, 1)
+
+
+def test_a_copied_or_pickled_memory_arrives_empty():
+    cache = Memo(120, nbytes)
+    cache.add('a', torch.zeros(10))
+    for twin in (copy.copy(cache), copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        assert (len(twin), twin.currsize, twin.maxsize) == (0, 0, 120)
+        twin.add('a', torch.zeros(10))
+        assert twin.currsize == 40
+    assert len(cache) == 1
+
+
+def nbytes(features):
+    return features.nbytes
 
 
 def test_an_encoder_without_room_to_remember_still_works(bert_dir):

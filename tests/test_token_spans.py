@@ -17,9 +17,11 @@ from mmdet.datasets import CocoDataset
 from mmdet.datasets.transforms import PackDetInputs
 from mmdet.models.detectors.glip import create_positive_map
 from mmdet.registry import TRANSFORMS
+from mmdet.structures import DetDataSample
 
 from mmdet_gdino_lora.datasets import TokenSpans
 from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.samples import caption_of
 from mmdet_gdino_lora.text import build_caption
 from tests.builders import build_stock, data_samples
 
@@ -105,21 +107,61 @@ def test_text_with_marked_phrases_and_joined_names_are_read_too(text_dir):
     [
         dict(text='the cat on the left', tokens_positive=-1),
         dict(text='two cats'),
-        dict(text=('cat',), caption_prompt={'cat': dict(prefix='small ')}),
     ],
-    ids=['referring expression', 'free text', 'caption prompt'],
+    ids=['referring expression', 'free text'],
 )
 def test_what_nobody_marked_is_left_to_the_detector(text_dir, results):
     assert build(text_dir)(dict(results)) == results
 
 
-def test_classes_past_the_limit_are_named_unless_negatives_are_sampled(minilm):
+def test_prompted_classes_keep_their_names_characters(text_dir):
+    prompts = {'cat': dict(prefix='small ', suffix=' on a car')}
+    results = build(text_dir)(dict(text=('cat', 'dog'), caption_prompt=prompts))
+    assert results['text'] == 'small cat on a car. dog.'
+    assert results['tokens_positive'] == [[[6, 9]], [[20, 23]]]
+    assert results['caption_tokens'].token_spans == ((2,), (8,))
+    results = build(text_dir)(dict(text=('cat', 'dog'), caption_prompt=None))
+    assert results['text'] == 'cat. dog.'
+
+
+def test_classes_past_the_limit_come_in_several_captions_unless_negatives_are_sampled(minilm):
     names = made_up_names(1203)
-    with pytest.raises(ConfigError, match='1203 classes takes .* max_tokens=256') as error:
-        build(minilm)(dict(text=names))
-    assert repr(names[60]) in str(error.value) or 'more would be lost' in str(error.value)
+    transform = build(minilm)
+    results = transform(dict(text=names))
+    assert results['text'] == names and 'tokens_positive' not in results
+    captions = results['caption_tokens']
+    assert [label for caption in captions for label in caption.labels] == list(range(1203))
+    lengths = transform.caption_tokenizer.lengths(names)
+    for caption, following in zip(captions, [*captions[1:], None]):
+        assert caption.num_tokens <= 256
+        if following is not None:  # nor would another name have fitted in
+            assert caption.num_tokens + lengths[following.labels[0]] > 256
+        for label, name in caption.names.items():
+            assert name == names[label].replace('_', ' ')
+            [(begin, end)] = caption.tokens_positive[label]
+            assert caption.text[begin:end] == name
     results = build(minilm, num_negatives='fit')(dict(text=names, gt_bboxes_labels=np.array([9])))
     assert results['caption_tokens'].num_tokens <= 256
+
+
+def test_one_caption_that_is_to_hold_all_classes_names_those_past_the_limit(minilm):
+    names = made_up_names(1203)
+    transform = build(minilm)
+    sample = DetDataSample(metainfo=transform(dict(text=names)))
+    with pytest.raises(ConfigError, match='1203 classes takes .* max_tokens=256') as error:
+        caption_of(sample, transform.caption_tokenizer)
+    assert repr(names[60]) in str(error.value) or 'more would be lost' in str(error.value)
+    assert "num_negatives='fit'" in str(error.value)
+
+
+def test_captions_in_chunks_travel_through_mmdets_packing_and_to_workers(minilm):
+    results = build(minilm)(dict(text=made_up_names(300)))
+    results.update(img=np.zeros((4, 4, 3), dtype=np.uint8))
+    sample = PackDetInputs(meta_keys=KEYS)(results)['data_samples']
+    assert sample.caption_tokens[0] is results['caption_tokens'][0]
+    sample = pickle.loads(pickle.dumps(sample))
+    for sent, arrived in zip(results['caption_tokens'], sample.caption_tokens):
+        assert arrived.token_spans == sent.token_spans
 
 
 @settings(deadline=None, max_examples=60)
@@ -252,10 +294,10 @@ def test_it_costs_little_beside_loading_an_image(minilm, num_classes):
     labels = np.array([3, 5, 70])
 
     def seconds():
-        begin = time.perf_counter()
+        begin = time.process_time()
         for _ in range(20):
             transform(dict(text=names, gt_bboxes_labels=labels))
-        return (time.perf_counter() - begin) / 20
+        return (time.process_time() - begin) / 20
 
     transform(dict(text=names, gt_bboxes_labels=labels))
     # an image of COCO's takes 8 ms and more to read, decode, resize and flip

@@ -37,8 +37,9 @@ def main() -> None:
 
     import mmdet_gdino_lora  # noqa: F401  first of all: it checks the environment
     from mmdet_gdino_lora.errors import ConfigError
+    from mmdet_gdino_lora.text import split_names
 
-    names = [name.strip() for name in args.texts.split('.') if name.strip()]
+    names = split_names(args.texts)
     if not names:
         raise ConfigError(f'--texts {args.texts!r} names nothing; write "red star . dog"')
     for what, path in dict(config=args.config, image=args.image).items():

@@ -10,8 +10,10 @@ from mmcv.transforms import BaseTransform
 from mmdet.registry import TRANSFORMS
 
 from mmdet_gdino_lora.errors import ConfigError
-from mmdet_gdino_lora.text.caption import SEPARATOR
-from mmdet_gdino_lora.text.tokens import SPECIAL_TOKENS, CaptionTokenizer, Memo, TokenizedCaption
+from mmdet_gdino_lora.text.cache import Memo
+from mmdet_gdino_lora.text.caption import ClassName, prompted, split_names
+from mmdet_gdino_lora.text.tokenizer import SPECIAL_TOKENS, CaptionTokenizer
+from mmdet_gdino_lora.text.tokens import TokenizedCaption
 
 #: Sets of class names remembered. A run has a few; names given with each image may be many.
 _VOCABULARIES = 64
@@ -29,7 +31,8 @@ class TokenSpans(BaseTransform):
     - ``text``: class names in the order of their labels (mmdet's datasets with
       ``return_classes=True``); or a dict from label to name (``ODVGDataset`` with a label map); or
       a caption with ``phrases`` (``ODVGDataset`` without) or ``tokens_positive``; or, with
-      ``custom_entities``, names joined by ``'. '``.
+      ``custom_entities``, names joined by ``' . '`` or ``'. '``.
+    - ``caption_prompt``: optional, mmdet's: what the caption says for some class names.
     - ``gt_bboxes_labels``: only to sample negatives.
 
     Changed and added keys:
@@ -40,16 +43,18 @@ class TokenSpans(BaseTransform):
       where only some are in the caption, a dict by label. Labels stay as they are.
     - ``caption_tokens``: the same in tokens, :class:`~mmdet_gdino_lora.text.TokenizedCaption`.
 
-    Free text whose phrases nobody marked, and ``caption_prompt``, are left to the detector.
+    The classes of a test pipeline may take more than one caption: ``caption_tokens`` is then a
+    tuple of captions, ``text`` stays as it is, and ``LoRAGroundingDINO`` predicts caption by
+    caption. Free text whose phrases nobody marked is left to the detector.
 
     Args:
         tokenizer_name: Folder or name of the text model, the same as the detector's.
         max_tokens: Longest caption in tokens, [CLS] and [SEP] included, the same as the detector's.
         num_negatives: Classes without an object in the image that the caption names. None: all of
-            them, and a class that doesn't fit is an error. A number: at most that many, drawn
-            anew for every image; ``'fit'``: as many as fit. Classes with an object are always
-            named. Sampled captions are shuffled. Only for training: a caption that lacks a class
-            can't detect it.
+            them, and where they don't fit, training stops with an error. A number: at most that
+            many, drawn anew for every image; ``'fit'``: as many as fit. Classes with an object are
+            always named. Sampled captions are shuffled. Only for training: a caption that lacks a
+            class can't detect it.
         special_tokens: Tokens that end a segment, the same as the detector's.
 
     Raises:
@@ -84,7 +89,7 @@ class TokenSpans(BaseTransform):
         self._vocabularies = Memo(_VOCABULARIES)
 
     def transform(self, results: dict) -> dict:
-        """Adds the caption's keys, see the class.
+        """Adds the caption's keys; the class says which.
 
         Args:
             results: As mmdet's pipelines pass it on.
@@ -93,16 +98,17 @@ class TokenSpans(BaseTransform):
             The same dict.
         """
         caption = self._caption(results)
-        if caption is not None:
+        if isinstance(caption, TokenizedCaption):
             results['text'] = caption.text
             results['tokens_positive'] = caption.tokens_positive
+        if caption is not None:
             results['caption_tokens'] = caption
         return results
 
-    def _caption(self, results: dict) -> Optional[TokenizedCaption]:
+    def _caption(
+        self, results: dict
+    ) -> Union[TokenizedCaption, tuple[TokenizedCaption, ...], None]:
         text = results['text']
-        if results.get('caption_prompt'):
-            return None
         if isinstance(text, str):
             if results.get('phrases'):
                 spans = {k: v['tokens_positive'] for k, v in results['phrases'].items()}
@@ -115,17 +121,24 @@ class TokenSpans(BaseTransform):
                 return self.caption_tokenizer.from_text(text, spans)
             if not results.get('custom_entities', False):
                 return None
-            text = [name for name in text.strip(SEPARATOR).split(SEPARATOR) if name]
-        vocabulary = self._vocabulary(text)
-        if self.num_negatives is None:
-            return self.caption_tokenizer.from_names(vocabulary.names, vocabulary.sparse_labels)
-        return self._sampled(vocabulary, results.get('gt_bboxes_labels', ()))
+            text = split_names(text)
+        vocabulary = self._vocabulary(text, results.get('caption_prompt'))
+        if self.num_negatives is not None:
+            return self._sampled(vocabulary, results.get('gt_bboxes_labels', ()))
+        names, labels = vocabulary.names, vocabulary.sparse_labels
+        if vocabulary.lengths.sum() <= self.caption_tokenizer.max_name_tokens:
+            return self.caption_tokenizer.from_names(names, labels)
+        return self.caption_tokenizer.in_chunks(names, labels)
 
-    def _vocabulary(self, text: Union[Sequence[str], Mapping[Any, str]]) -> _Vocabulary:
+    def _vocabulary(
+        self,
+        text: Union[Sequence[str], Mapping[Any, str]],
+        caption_prompt: Optional[Mapping[str, Mapping[str, str]]],
+    ) -> _Vocabulary:
         if isinstance(text, Mapping):
-            key = (tuple(text), tuple(text.values()))
+            key = (tuple(text), prompted(text.values(), caption_prompt))
         else:
-            key = (None, tuple(text))
+            key = (None, prompted(text, caption_prompt))
         vocabulary = self._vocabularies.get(key)
         if vocabulary is None:
             names = key[1]
@@ -160,8 +173,8 @@ class TokenSpans(BaseTransform):
         negatives = permutation(np.flatnonzero(is_negative))
         if self.num_negatives != 'fit':
             negatives = negatives[: self.num_negatives]
-        room = self.caption_tokenizer.room - vocabulary.lengths[positives].sum()
-        fitting = np.searchsorted(vocabulary.lengths[negatives].cumsum(), room, side='right')
+        left = self.caption_tokenizer.max_name_tokens - vocabulary.lengths[positives].sum()
+        fitting = np.searchsorted(vocabulary.lengths[negatives].cumsum(), left, side='right')
         chosen = permutation(
             np.concatenate([np.array(positives, dtype=np.int64), negatives[:fitting]])
         )
@@ -182,7 +195,7 @@ class TokenSpans(BaseTransform):
 class _Vocabulary(NamedTuple):
     """The class names of a dataset, and how many tokens each takes in a caption."""
 
-    names: tuple[str, ...]
+    names: tuple[ClassName, ...]
     sparse_labels: Optional[tuple[int, ...]]  # None: 0, 1, 2, ...
     labels: np.ndarray
     place: dict[int, int]  # of a label among the names

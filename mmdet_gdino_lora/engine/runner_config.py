@@ -6,7 +6,6 @@ detector that reads it there serves users who add two lines to their config and 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -16,7 +15,7 @@ from mmengine.logging import MessageHub
 
 
 def runner_config() -> Mapping[str, Any]:
-    """Config of the current mmengine run.
+    """Reads the config of the current mmengine run.
 
     Returns:
         The config; empty outside a run.
@@ -28,14 +27,12 @@ def runner_config() -> Mapping[str, Any]:
 
 @lru_cache(maxsize=1)
 def _parse(text: str) -> Config:
-    with tempfile.NamedTemporaryFile('w', suffix='.py', encoding='utf-8') as file:
-        file.write(text)
-        file.flush()
-        return Config.fromfile(file.name, import_custom_modules=False)
+    # The run has imported its ``custom_imports`` by now, so that this finds them imported.
+    return Config.fromstring(text, '.py')
 
 
 def annotations_follow_resize(config: Mapping[str, Any]) -> bool:
-    """Whether a run's validation boxes are in the original image's pixels.
+    """Tells whether a run's validation boxes are in the original image's pixels.
 
     Args:
         config: A run's config.

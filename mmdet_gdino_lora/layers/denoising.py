@@ -70,7 +70,8 @@ class DenoisingQueryGenerator(CdnQueryGenerator):
         Returns:
             [2 * num_groups * N, C].
         """
-        labels = gt_labels.repeat(2 * num_groups)
+        # labels without an embedding are the criterion's to refuse or ignore; here CUDA would abort
+        labels = gt_labels.clamp(0, self.num_classes - 1).repeat(2 * num_groups)
         replaced = torch.rand_like(labels, dtype=torch.float) < self.label_noise_scale * 0.5
         random = torch.randint_like(labels, 0, self.num_classes)
         return self.label_embedding(torch.where(replaced, random, labels))

@@ -309,6 +309,8 @@ def divisors(num_boxes: int, groups: Sequence[Group], device: torch.device) -> T
     """Divisor of every layer's losses [S]: boxes in the batch, averaged over ranks, at least 1.
 
     For denoising queries every group counts the boxes again, as in mmdet's and DINO's heads.
+    Without gradients the boxes are this rank's own: nobody descends on such losses, and ranks that
+    validate need not have equally many batches with ground truth to wait for each other in.
 
     Args:
         num_boxes: Targets that count, on this rank.
@@ -317,7 +319,8 @@ def divisors(num_boxes: int, groups: Sequence[Group], device: torch.device) -> T
     """
     counts = [num_boxes * max(1, group.dn_groups) for group in groups for _ in group.suffixes]
     counts = to_device(np.array(counts, dtype=np.float32), device)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if several and torch.is_grad_enabled():
         torch.distributed.all_reduce(counts)
         counts = counts / torch.distributed.get_world_size()
     return counts.clamp(min=1)

@@ -12,9 +12,9 @@ from mmdet_gdino_lora.text.tokens import TokenizedCaption
 #: Token ids of one segment.
 Segment = tuple[int, ...]
 
-#: Rows of a chunk come in multiples of this. A row's features are then the same to the bit in
-#: whatever company it is encoded, so that remembering them changes nothing.
-_ROWS = 16
+#: The segments of a chunk come in multiples of this. A segment's features are then the same to the
+#: bit in whatever company it is encoded, so that remembering them changes nothing.
+_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,18 @@ def collate(captions: Sequence[TokenizedCaption], pad_id: int, min_length: int =
     segment_ids = np.tile(np.arange(length, 2 * length), (len(captions), 1))
     segment, position_ids, valid = (np.zeros(shape, dtype=np.int64) for _ in range(3))
     index: dict[Segment, int] = {}
-    rows: dict[bytes, int] = {}
-    for row, caption in enumerate(captions):
+    images: dict[bytes, int] = {}
+    for image, caption in enumerate(captions):
         # loader workers send equal captions as different objects
-        same = rows.setdefault(caption.input_ids.tobytes(), row)
+        same = images.setdefault(caption.input_ids.tobytes(), image)
         size = caption.num_tokens
-        valid[row, :size] = 1
-        segment_ids[row, :size] = caption.segment_ids
-        position_ids[row, :size] = caption.position_ids
-        if same == row:
-            segment[row, :size] = _segment_index(caption, index)[caption.segment_ids]
+        valid[image, :size] = 1
+        segment_ids[image, :size] = caption.segment_ids
+        position_ids[image, :size] = caption.position_ids
+        if same == image:
+            segment[image, :size] = _segment_index(caption, index)[caption.segment_ids]
         else:
-            segment[row] = segment[same]
+            segment[image] = segment[same]
     if not valid.all():
         segment[valid == 0] = index.setdefault((pad_id,), len(index))
     return CaptionBatch(tuple(index), segment, position_ids, segment_ids, valid)
@@ -83,12 +83,12 @@ def _segment_index(caption: TokenizedCaption, index: dict[Segment, int]) -> np.n
 
 @dataclass(frozen=True)
 class Chunk:
-    """Segments of similar length, one per row, padded to one length.
+    """Segments of similar length, padded to one length.
 
     Attributes:
-        input_ids: [N, L] int64; rows beyond the segments hold padding.
-        lengths: Tokens per row, [N] int64, at least 1.
-        members: Number of the segment in each of the first rows.
+        input_ids: [N, L] int64; behind the segments stand some of padding alone.
+        lengths: Tokens of each, [N] int64, at least 1.
+        members: Numbers of the segments, which are the first of the N.
     """
 
     input_ids: np.ndarray
@@ -97,12 +97,12 @@ class Chunk:
 
 
 def chunks(segments: Sequence[Segment], pad_id: int, max_length: int) -> list[Chunk]:
-    """Sorts segments into chunks of rows padded to 4, 8, 16, ... tokens.
+    """Sorts segments into chunks, padded to 4, 8, 16, ... tokens.
 
     Args:
         segments: Token ids.
         pad_id: Token id of padding.
-        max_length: Longest row that the model takes.
+        max_length: Longest segment that the model takes.
 
     Returns:
         The chunks, shortest first.
@@ -113,11 +113,11 @@ def chunks(segments: Sequence[Segment], pad_id: int, max_length: int) -> list[Ch
         by_length.setdefault(length, []).append(number)
     result = []
     for length, members in sorted(by_length.items()):
-        rows = -(-len(members) // _ROWS) * _ROWS
-        input_ids = np.full((rows, length), pad_id, dtype=np.int64)
-        lengths = np.ones(rows, dtype=np.int64)
-        for row, number in enumerate(members):
-            lengths[row] = len(segments[number])
-            input_ids[row, : lengths[row]] = segments[number]
+        count = -(-len(members) // _MULTIPLE) * _MULTIPLE
+        input_ids = np.full((count, length), pad_id, dtype=np.int64)
+        lengths = np.ones(count, dtype=np.int64)
+        for place, number in enumerate(members):
+            lengths[place] = len(segments[number])
+            input_ids[place, : lengths[place]] = segments[number]
         result.append(Chunk(input_ids, lengths, tuple(members)))
     return result

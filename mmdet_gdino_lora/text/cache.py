@@ -1,68 +1,45 @@
-"""Features of a frozen text encoder, remembered per segment."""
+"""The latest results of something costly, by what they were made of."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable
-from typing import Optional
+from collections.abc import Callable, Hashable
+from typing import Any, Optional
 
-from torch import Tensor
+from cachetools import LRUCache
 
 
-class SegmentCache:
-    """Keeps the latest features within a number of bytes; the least recently used go first.
+class Memo(LRUCache):
+    """Keeps results up to a size; the least recently used go first.
 
-    It belongs to one module in one process: copied or pickled, it arrives empty, and it is in no
-    state dict.
+    It belongs to one object in one process: copied or pickled, it arrives empty.
 
     Args:
-        max_bytes: Most bytes of features to keep, on whatever device they are. 0 keeps nothing.
+        maxsize: Most results, or the most that their sizes add up to. 0 keeps nothing.
+        size_of: Size of one result; None counts every result as 1.
     """
 
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.nbytes = 0
-        self._features: OrderedDict[Hashable, Tensor] = OrderedDict()
+    def __init__(self, maxsize: int, size_of: Optional[Callable[[Any], int]] = None) -> None:
+        super().__init__(maxsize, size_of)
+        self._size_of = size_of
 
-    def __len__(self) -> int:
-        return len(self._features)
-
-    def get(self, key: Hashable) -> Optional[Tensor]:
-        """Remembered features.
+    def add(self, key: Hashable, value: Any) -> Any:
+        """Keeps a result, unless it alone is larger than everything that may be kept.
 
         Args:
-            key: Under which they were put.
+            key: What it was made of.
+            value: The result.
 
         Returns:
-            The features, or None.
+            The result.
         """
-        features = self._features.get(key)
-        if features is not None:
-            self._features.move_to_end(key)
-        return features
+        if self.getsizeof(value) <= self.maxsize:
+            self[key] = value
+        else:
+            self.pop(key, None)
+        return value
 
-    def put(self, key: Hashable, features: Tensor) -> None:
-        """Remembers features.
-
-        Args:
-            key: Everything that they depend on, the weights aside.
-            features: Must own its memory: a view would keep its whole batch alive.
-        """
-        self._drop(key)
-        self._features[key] = features
-        self.nbytes += features.nbytes
-        while self.nbytes > self.max_bytes:
-            self._drop(next(iter(self._features)))
-
-    def clear(self) -> None:
-        """Forgets everything, as it must when the weights have changed."""
-        self._features.clear()
-        self.nbytes = 0
-
-    def _drop(self, key: Hashable) -> None:
-        features = self._features.pop(key, None)
-        if features is not None:
-            self.nbytes -= features.nbytes
+    def __copy__(self) -> Memo:
+        return Memo(self.maxsize, self._size_of)
 
     def __reduce__(self) -> tuple:
-        return SegmentCache, (self.max_bytes,)
+        return Memo, (self.maxsize, self._size_of)

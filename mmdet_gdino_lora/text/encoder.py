@@ -24,14 +24,10 @@ from transformers.utils import logging
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.peft_layers.layers import is_adapted
 from mmdet_gdino_lora.text.batch import CaptionBatch, Segment, chunks, collate
-from mmdet_gdino_lora.text.cache import SegmentCache
-from mmdet_gdino_lora.text.files import text_model
-from mmdet_gdino_lora.text.tokens import (
-    SPECIAL_TOKENS,
-    CaptionTokenizer,
-    TokenizedCaption,
-    load_tokenizer,
-)
+from mmdet_gdino_lora.text.cache import Memo
+from mmdet_gdino_lora.text.files import load_tokenizer, text_model
+from mmdet_gdino_lora.text.tokenizer import SPECIAL_TOKENS, CaptionTokenizer
+from mmdet_gdino_lora.text.tokens import TokenizedCaption
 
 
 @MODELS.register_module()
@@ -98,7 +94,7 @@ class GroundingTextEncoder(BaseModel):
         )
         self.language_backbone = nn.Sequential(OrderedDict(body=body))
         self._pad_id = self.tokenizer.pad_token_id or 0
-        self._cache = SegmentCache(cache_bytes)
+        self._cache = Memo(cache_bytes, _nbytes)
         self._cached_version: Hashable = None
         self._register_load_state_dict_pre_hook(self._before_load)
 
@@ -156,7 +152,7 @@ class GroundingTextEncoder(BaseModel):
     # ------------------------------------------------------------------------------------- encoding
 
     def forward(self, captions: Sequence[str], **kwargs: Any) -> dict[str, Tensor]:
-        """Features of captions given as text; mmdet's interface.
+        """Encodes captions given as text; mmdet calls it so.
 
         Args:
             captions: Captions that end with a dot. One longer than ``max_tokens`` is cut.
@@ -168,7 +164,7 @@ class GroundingTextEncoder(BaseModel):
         return self.encode([self.caption_tokenizer.from_plain_text(text) for text in captions])
 
     def encode(self, captions: Sequence[TokenizedCaption]) -> dict[str, Tensor]:
-        """Features of tokenised captions.
+        """Encodes tokenised captions.
 
         Args:
             captions: One per image; equal ones cost nothing.
@@ -223,7 +219,7 @@ class GroundingTextEncoder(BaseModel):
     def _segment_features(
         self, segments: Sequence[Segment], device: torch.device
     ) -> tuple[Tensor, np.ndarray]:
-        """Features of segments as rows [R, 1 or 2, C], and the row where each one begins."""
+        """Returns features of segments, [R, 1 or 2, C], and where each one begins in there."""
         state = _state(self.language_backbone)
         if state.trainable:
             self.clear_cache()
@@ -249,8 +245,9 @@ class GroundingTextEncoder(BaseModel):
             new = [segments[number] for number in missing]
             rows, begins = self._encode_segments(new, device)
             for number, segment, begin in zip(missing, new, begins.tolist()):
-                features[number] = rows[begin : begin + len(segment)].clone()
-                self._cache.put((precision, segment), features[number])
+                # a copy: a view would keep the memory of its whole batch
+                known = rows[begin : begin + len(segment)].clone()
+                features[number] = self._cache.add((precision, segment), known)
         lengths = np.array([len(segment) for segment in segments])
         return torch.cat(features), np.cumsum(lengths) - lengths
 
@@ -298,7 +295,7 @@ class _BertBody(nn.Module):
         self.use_checkpoint = use_checkpoint
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Features of segments.
+        """Encodes segments.
 
         Args:
             input_ids: Token ids [N, L].
@@ -342,6 +339,10 @@ def _bert_config(name: str) -> BertConfig:
     return BertConfig.from_dict(values)
 
 
+def _nbytes(features: Tensor) -> int:
+    return features.nbytes
+
+
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(array)
     if device.type == 'cuda':
@@ -371,6 +372,5 @@ def _state(module: nn.Module) -> _State:
 
 
 def _autocast_dtype(device: torch.device) -> Optional[torch.dtype]:
-    if device.type == 'cpu':
-        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
-    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else None

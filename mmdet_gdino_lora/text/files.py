@@ -1,13 +1,21 @@
-"""Where text models are found, and one clear sentence where they are not."""
+"""Where text models are found, and one clear sentence where they are not, or can't be read."""
 
 from __future__ import annotations
 
+import json
 import os
-from typing import Any, Callable, TypeVar
+import pickle
+from typing import Any, Callable, Optional, TypeVar
+
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mmdet_gdino_lora.errors import ConfigError
 
 _T = TypeVar('_T')
+
+#: What files in a folder that are damaged, or of another model, end in.
+_UNREADABLE = (ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError)
 
 
 def text_model(name: str, load: Callable[..., _T], **kwargs: Any) -> _T:
@@ -22,36 +30,45 @@ def text_model(name: str, load: Callable[..., _T], **kwargs: Any) -> _T:
         What ``load`` returns.
 
     Raises:
-        ConfigError: It isn't there.
+        ConfigError: It isn't there, its files can't be read, or a package is missing. Whatever else
+            goes wrong in ``load`` is no mistake of the config and is raised as it is.
     """
+    what = f'text model {name!r} (language_model.name)'
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):
-        if not os.path.isfile(os.path.join(folder, 'config.json')):
-            raise ConfigError(
-                f'text model {name!r} (language_model.name): no text model there; give a folder '
-                'with config.json and vocab.txt or tokenizer.json'
-            )
+        _check_config_file(what, folder)
         name = folder
     elif looks_like_path(name):
         raise ConfigError(
-            f'text model {name!r} (language_model.name): no text model there, the folder does not '
-            'exist; give a folder with config.json and vocab.txt or tokenizer.json'
+            f'{what}: no text model there, the folder does not exist; give a folder with '
+            'config.json and vocab.txt or tokenizer.json'
         )
     try:
         return load(name, **kwargs)
-    # transformers and huggingface_hub raise OSError and ValueError, httpx and requests their own
     except Exception as error:
-        raise ConfigError(
-            f'text model {name!r} (language_model.name): no text model there'
-            f'{"" if os.path.isdir(name) else " (no folder of that name, nor on the hub)"}: '
-            f'{_first_line(error)}; give a folder with config.json, vocab.txt and '
-            'model.safetensors, or connect to the Hugging Face hub, or set HF_HOME to a cache '
-            'that holds it'
-        ) from error
+        told = _told(error, os.path.isdir(name))
+        if told is None:
+            raise
+        raise ConfigError(f'{what}{told}') from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Loads the fast tokenizer of a text model.
+
+    Args:
+        name: Folder, or name on the Hugging Face hub.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ConfigError: As :func:`text_model`.
+    """
+    return text_model(name, AutoTokenizer.from_pretrained, use_fast=True)
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a text model's name can only be meant as a folder.
+    """Tells whether a text model's name can only be meant as a folder.
 
     Args:
         name: ``'bert-base-uncased'`` and ``'owner/model'`` may be on the hub.
@@ -60,6 +77,51 @@ def looks_like_path(name: str) -> bool:
         True for absolute paths, ``./``, ``../``, ``~`` and anything with more than one slash.
     """
     return name.startswith(('/', '.', '~')) or name.count('/') > 1 or '\\' in name
+
+
+def _check_config_file(what: str, folder: str) -> None:
+    path = os.path.join(folder, 'config.json')
+    if not os.path.isfile(path):
+        raise ConfigError(
+            f'{what}: no text model there; give a folder with config.json and vocab.txt or '
+            'tokenizer.json'
+        )
+    try:
+        with open(path, encoding='utf-8') as file:
+            json.load(file)
+    except ValueError as error:
+        raise ConfigError(
+            f'{what} can not be read, its config.json is no JSON: {_first_line(error)}; download '
+            'it again'
+        ) from error
+
+
+def _told(error: Exception, in_folder: bool) -> Optional[str]:
+    """Says what went wrong and what helps; None for an error that no config can mend."""
+    reason = _first_line(error)
+    if isinstance(error, ImportError):
+        return f' needs a package that is missing: {reason}; install it'
+    # of a name that isn't one on the hub, huggingface_hub says so with a ValueError
+    not_there = OSError if in_folder else (OSError, ValueError)
+    if isinstance(error, not_there) or _is_of_network(error):
+        where = '' if in_folder else ' (no folder of that name, nor on the hub)'
+        return (
+            f': no text model there{where}: {reason}; give a folder with config.json, vocab.txt '
+            'and model.safetensors, or connect to the Hugging Face hub, or set HF_HOME to a cache '
+            'that holds it'
+        )
+    if isinstance(error, _UNREADABLE):
+        return (
+            f' can not be read: {type(error).__name__}: {reason}; its files are damaged or of '
+            'another model, download it again or give another one'
+        )
+    return None
+
+
+def _is_of_network(error: Exception) -> bool:
+    # huggingface_hub lets its client's own errors through: requests', then httpx'
+    packages = {base.__module__.partition('.')[0] for base in type(error).__mro__}
+    return not packages.isdisjoint({'requests', 'httpx', 'httpx2'})
 
 
 def _first_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mmdet_gdino_lora.text.tokens import CaptionTokenizer
+from mmdet_gdino_lora.text.tokenizer import CaptionTokenizer
 
 
 def token_labels(
@@ -18,7 +18,7 @@ def token_labels(
     tokenizer: Union[str, PreTrainedTokenizerBase, CaptionTokenizer],
     max_tokens: int = 256,
 ) -> tuple[str, Tensor]:
-    """Caption of class names, and the tokens that each object's class has in it.
+    """Writes a caption of class names, and marks each object's tokens in it.
 
     Args:
         names: Class names.

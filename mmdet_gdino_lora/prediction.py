@@ -1,0 +1,151 @@
+"""What the detector does outside training: detections, and validation losses behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from mmdet.structures import SampleList
+from mmengine.logging import print_log
+from mmengine.structures import BaseDataElement, InstanceData
+from torch import Tensor
+
+from mmdet_gdino_lora.engine.runner_config import annotations_follow_resize, runner_config
+from mmdet_gdino_lora.samples import captions_of, with_resized_boxes
+from mmdet_gdino_lora.text import TokenizedCaption
+
+if TYPE_CHECKING:
+    from mmdet_gdino_lora.detector import LoRAGroundingDINO
+
+#: Captions of an image that have all classes between them.
+Captions = tuple[TokenizedCaption, ...]
+
+
+def captions_to_predict(
+    detector: LoRAGroundingDINO, batch_data_samples: SampleList
+) -> list[Captions]:
+    """Returns captions that have all of each image's classes between them.
+
+    Args:
+        detector: Its ``test_cfg.chunked_size`` is the most names of a caption; where it is not set
+            or not above 0, a caption has as many as fit.
+        batch_data_samples: As for :func:`~.samples.captions_of`.
+
+    Returns:
+        Per image, its captions.
+    """
+    tokenizer = detector.language_model.caption_tokenizer
+    chunk_size = max(0, detector.test_cfg.get('chunked_size', 0))
+    return [captions_of(sample, tokenizer, chunk_size) for sample in batch_data_samples]
+
+
+def detect(
+    detector: LoRAGroundingDINO,
+    batch_inputs: Tensor,
+    batch_data_samples: SampleList,
+    captions: Sequence[Captions],
+    rescale: bool = True,
+) -> dict[str, Any]:
+    """Adds ``pred_instances`` to the samples: the best over all captions of each image.
+
+    The image tower and what else doesn't depend on the caption run once.
+
+    Args:
+        detector: In eval mode.
+        batch_inputs: Normalised images [B, 3, H, W].
+        batch_data_samples: One per image.
+        captions: As :func:`captions_to_predict` returns them.
+        rescale: Whether boxes are returned in the original image's pixels.
+
+    Returns:
+        The head's inputs under the last captions.
+    """
+    prepared = detector.pre_transformer(detector.extract_feat(batch_inputs), batch_data_samples)
+    found: list[list[InstanceData]] = [[] for _ in captions]
+    for number in range(max(map(len, captions))):
+        # an image with fewer captions than others is shown its last one again, to nobody's eyes
+        shown = [of_image[min(number, len(of_image) - 1)] for of_image in captions]
+        head_inputs = detector.transform(prepared, detector.encode_text(shown), batch_data_samples)
+        for sample, caption in zip(batch_data_samples, shown):
+            sample.token_positive_map = _token_positive_map(caption)
+        results = detector.bbox_head.predict(
+            **head_inputs, batch_data_samples=batch_data_samples, rescale=rescale
+        )
+        for of_image, instances, caption, all_of_image in zip(found, results, shown, captions):
+            if number < len(all_of_image):
+                of_image.append(_with_labels_of(caption, instances))
+    most = detector.bbox_head.test_cfg.get('max_per_img', detector.num_queries)
+    for sample, of_image, of_captions in zip(batch_data_samples, found, captions):
+        sample.pred_instances = _best(of_image, most)
+        _add_label_names(sample.pred_instances, of_captions)
+    return head_inputs
+
+
+def _token_positive_map(caption: TokenizedCaption) -> dict[int, list[int]]:
+    """Numbers the classes in the caption from 1, as mmdet does, and gives their tokens."""
+    spans = [caption.token_spans[label] for label in caption.labels]
+    return {number + 1: list(tokens) for number, tokens in enumerate(spans)}
+
+
+def _with_labels_of(caption: TokenizedCaption, instances: InstanceData) -> InstanceData:
+    """Goes from the place of a class in its caption to its label."""
+    if not isinstance(caption.labels, range):
+        labels = torch.tensor(caption.labels)
+        instances.labels = labels.to(instances.labels.device, non_blocking=True)[instances.labels]
+    return instances
+
+
+def _best(found: Sequence[InstanceData], most: int) -> InstanceData:
+    """Keeps the best of all captions, where mmdet would keep ``most`` of each."""
+    if len(found) == 1:
+        return found[0]
+    instances = InstanceData.cat(list(found))
+    return instances[instances.scores.topk(min(most, len(instances))).indices]
+
+
+def _add_label_names(instances: InstanceData, captions: Captions) -> None:
+    names = {label: caption.names[label] for caption in captions for label in caption.labels}
+    instances.label_names = [names[label] for label in instances.labels.tolist()]
+
+
+@torch.no_grad()
+def validate(detector: LoRAGroundingDINO, inputs: Tensor, samples: SampleList) -> list:
+    """Detects what is in a batch, and computes its losses where that can be done.
+
+    Without ground truth there are none, and none where an image's classes take several captions:
+    the objective is defined on one. Ranks need not agree on that, for without gradients the
+    criterion doesn't wait for other ranks.
+
+    Args:
+        detector: In eval mode.
+        inputs: Normalised images [B, 3, H, W].
+        samples: One per image, with or without ``gt_instances``.
+
+    Returns:
+        The samples with predictions and, where there are losses, one more element with ``loss``.
+    """
+    captions = captions_to_predict(detector, samples)
+    head_inputs = detect(detector, inputs, samples, captions)
+    most = max(map(len, captions))
+    if most > 1:
+        _say_once(
+            f'The classes take {most} captions an image, so validation computes detections and no '
+            'losses.'
+        )
+        return samples
+    if not all('labels' in sample.get('gt_instances', ()) for sample in samples):
+        return samples
+    truth = samples
+    if annotations_follow_resize(runner_config()):
+        truth = with_resized_boxes(samples)
+    of_images = [caption for (caption,) in captions]
+    detector.token_targets.attach(truth, of_images, head_inputs['text_token_mask'])
+    losses = detector.bbox_head.loss(**head_inputs, batch_data_samples=truth)
+    return [*samples, BaseDataElement(loss=losses)]
+
+
+@cache
+def _say_once(message: str) -> None:
+    print_log(message, logger='current')
