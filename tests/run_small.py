@@ -10,8 +10,10 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from mmdet.registry import DATASETS, HOOKS
+from mmdet.registry import DATASETS, HOOKS, METRICS
 from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
@@ -46,6 +48,25 @@ class RandomImages(Dataset):
         return dict(inputs=torch.from_numpy(image).to(torch.uint8), data_samples=sample)
 
 
+@METRICS.register_module(force=True)
+class GivenScores(BaseMetric):
+    """Says what it is told, and beside it how sure the detector is, which its weights decide.
+
+    Args:
+        scores: Of one validation after the other.
+    """
+
+    def __init__(self, scores: Sequence[float]) -> None:
+        super().__init__()
+        self.scores = list(scores)
+
+    def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
+        self.results += [float(s['pred_instances']['scores'].sum()) for s in data_samples]
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        return dict(acc=self.scores.pop(0), sureness=sum(results))
+
+
 @HOOKS.register_module(force=True)
 class KilledHook(Hook):
     """Kills the process, without a chance to clean up, in the middle of an iteration."""
@@ -70,9 +91,13 @@ def run(
     launcher: str = 'none',
     flicker: int = 55,
     hooks: Sequence[dict] = (),
+    epochs: int = 2,
+    scores: Sequence[float] = (),
+    checkpoint: Optional[dict] = None,
+    load_from: bool = False,
     **model: Any,
 ) -> Runner:
-    """Trains for 4 iterations of 2 images (2 epochs), with a checkpoint after every second one.
+    """Trains 4 iterations of 2 images (2 epochs), with a checkpoint after every second one.
 
     Args:
         work_dir: Of the run.
@@ -85,43 +110,67 @@ def run(
         launcher: 'pytorch' where a process group has been started.
         flicker: Of the images.
         hooks: Further hooks.
+        epochs: Number of epochs.
+        scores: Of the validations, one after every epoch; empty: nothing is validated.
+        checkpoint: Further settings of the checkpoint hook.
+        load_from: Whether mmengine's ``load_from`` brings the base, as mmdet's tools/train.py
+            hands it over: not where the run resumes.
         **model: Keys of the model config to replace.
 
     Returns:
         The runner, after training.
     """
-    loop = dict(by_epoch=True, max_epochs=2) if by_epoch else dict(by_epoch=False, max_iters=4)
-    checkpoint = dict(
-        type='AdapterCheckpointHook', by_epoch=by_epoch, interval=1 if by_epoch else 2
-    )
+    iterations = epochs * 4 // batch_size
+    loop = dict(by_epoch=False, max_iters=iterations)
+    if by_epoch:
+        loop = dict(by_epoch=True, max_epochs=epochs)
+    hook = dict(type='AdapterCheckpointHook', by_epoch=by_epoch, interval=1 if by_epoch else 2)
     hooks = [dict(type='ResumableSeedHook'), *hooks]
     if kill_at is not None:
         hooks.append(dict(type='KilledHook', at=kill_at))
-    distributed = launcher != 'none'
-    runner = Runner(
-        model=detector_cfg(text_dir, base_checkpoint=base, **model),
+    cfg = dict(
+        model=detector_cfg(
+            text_dir, **(dict(base_checkpoint=base) if not load_from else {}), **model
+        ),
         work_dir=work_dir,
-        train_dataloader=dict(
-            batch_size=batch_size,
-            num_workers=0,
-            dataset=dict(type='RandomImages', flicker=flicker),
-            sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=True),
-            collate_fn=dict(type='pseudo_collate'),
+        train_dataloader=_loader(
+            'DefaultSampler' if by_epoch else 'InfiniteSampler', batch_size, flicker
         ),
         train_cfg=loop,
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3), clip_grad=dict(max_norm=0.1)),
         param_scheduler=dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=4),
-        default_hooks=dict(checkpoint=checkpoint, logger=dict(type='LoggerHook', interval=1)),
+        default_hooks=dict(
+            checkpoint={**hook, **(checkpoint or {})},
+            logger=dict(type='LoggerHook', interval=1),
+        ),
         custom_hooks=hooks,
         randomness=dict(seed=3),
         resume=resume,
+        load_from=base if load_from and not resume else None,
         launcher=launcher,
-        cfg=dict(model_wrapper_cfg=ON_CPU) if distributed else None,
         experiment_name=f'{os.path.basename(work_dir)}_{resume}_{kill_at}',
         default_scope='mmdet',
     )
+    if launcher != 'none':
+        cfg['model_wrapper_cfg'] = ON_CPU
+    if scores:
+        cfg['val_dataloader'] = _loader('DefaultSampler', batch_size, flicker=1, shuffle=False)
+        cfg['val_evaluator'] = dict(type='GivenScores', scores=list(scores))
+        cfg['val_cfg'] = dict()
+        loop['val_interval'] = 1 if by_epoch else 2
+    runner = Runner.from_cfg(Config(cfg))
     runner.train()
     return runner
+
+
+def _loader(sampler: str, batch_size: int, flicker: int, shuffle: bool = True) -> dict[str, Any]:
+    return dict(
+        batch_size=batch_size,
+        num_workers=0,
+        dataset=dict(type='RandomImages', flicker=flicker),
+        sampler=dict(type=sampler, shuffle=shuffle),
+        collate_fn=dict(type='pseudo_collate'),
+    )
 
 
 if __name__ == '__main__':
