@@ -79,7 +79,7 @@ class KilledHook(Hook):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(
+def config(
     work_dir: str,
     text_dir: str,
     base: str,
@@ -96,8 +96,8 @@ def run(
     checkpoint: Optional[dict] = None,
     load_from: bool = False,
     **model: Any,
-) -> Runner:
-    """Trains 4 iterations of 2 images (2 epochs), with a checkpoint after every second one.
+) -> Config:
+    """A run of 4 iterations of 2 images (2 epochs), with a checkpoint after every second one.
 
     Args:
         work_dir: Of the run.
@@ -118,7 +118,7 @@ def run(
         **model: Keys of the model config to replace.
 
     Returns:
-        The runner, after training.
+        The runner's config.
     """
     iterations = epochs * 4 // batch_size
     loop = dict(by_epoch=False, max_iters=iterations)
@@ -158,7 +158,20 @@ def run(
         cfg['val_evaluator'] = dict(type='GivenScores', scores=list(scores))
         cfg['val_cfg'] = dict()
         loop['val_interval'] = 1 if by_epoch else 2
-    runner = Runner.from_cfg(Config(cfg))
+    return Config(cfg)
+
+
+def run(*args: Any, **kwargs: Any) -> Runner:
+    """Trains.
+
+    Args:
+        *args: As for :func:`config`.
+        **kwargs: The same.
+
+    Returns:
+        The runner, after training.
+    """
+    runner = Runner.from_cfg(config(*args, **kwargs))
     runner.train()
     return runner
 

@@ -1,4 +1,4 @@
-"""Runs with mmengine's EMAHook: what is measured, written and resumed is one and the same average."""
+"""Runs with mmengine's EMAHook: measured, written and resumed is one and the same average."""
 
 from __future__ import annotations
 

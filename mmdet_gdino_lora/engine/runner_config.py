@@ -13,6 +13,7 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.logging import MessageHub
+from mmengine.runner import find_latest_checkpoint
 
 
 def runner_config() -> Mapping[str, Any]:
@@ -32,6 +33,21 @@ def _parse(text: str) -> Config:
         file.write(text)
         file.flush()
         return Config.fromfile(file.name, import_custom_modules=False)
+
+
+def checkpoint_at_start() -> str:
+    """The checkpoint that the current mmengine run begins with.
+
+    Returns:
+        ``load_from``; where the run resumes without one, the latest checkpoint of its folder; empty
+        outside a run, and where weights are random at first.
+    """
+    config = runner_config()
+    if config.get('load_from'):
+        return str(config['load_from'])
+    if config.get('resume') and config.get('work_dir'):
+        return find_latest_checkpoint(config['work_dir']) or ''
+    return ''
 
 
 def annotations_follow_resize(config: Mapping[str, Any]) -> bool:
