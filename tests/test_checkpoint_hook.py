@@ -65,12 +65,13 @@ def test_numbers_go_to_the_weights_that_were_measured_and_to_no_others(
 def test_an_adapter_that_is_not_validated_has_no_numbers(
     text_dir: str, base: str, tmp_path: Path
 ) -> None:
-    settings = dict(by_epoch=False, batch_size=4, epochs=3, scores=[0.1])
+    settings = dict(by_epoch=False, batch_size=4, epochs=3, scores=[0.1, 0.2])
     run(str(tmp_path), text_dir, base, checkpoint=dict(interval=1), **settings)
     assert '| acc | 0.1 |' in card(tmp_path / 'iter_2_adapter')
-    for iteration in (1, 3):
+    assert '| acc | 0.2 |' in card(tmp_path / 'iter_3_adapter')
+    assert 'metric' not in card(tmp_path / 'iter_1_adapter')
+    for iteration in (1, 2, 3):
         assert_same_weights(tmp_path / f'iter_{iteration}.pth')
-        assert 'metric' not in card(tmp_path / f'iter_{iteration}_adapter')
 
 
 @pytest.mark.parametrize('save_best', ['acc', ['acc', 'sureness']], ids=['one', 'two'])
