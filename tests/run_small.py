@@ -85,16 +85,15 @@ def config(
     base: str,
     *,
     by_epoch: bool,
-    resume: bool = False,
-    kill_at: Optional[int] = None,
-    batch_size: int = 2,
-    launcher: str = 'none',
-    flicker: int = 55,
-    hooks: Sequence[dict] = (),
     epochs: int = 2,
-    scores: Sequence[float] = (),
-    checkpoint: Optional[dict] = None,
+    batch_size: int = 2,
+    flicker: int = 55,
     load_from: bool = False,
+    resume: bool = False,
+    launcher: str = 'none',
+    hooks: Sequence[dict] = (),
+    checkpoint: Optional[dict] = None,
+    scores: Sequence[float] = (),
     **model: Any,
 ) -> Config:
     """A run of 4 iterations of 2 images (2 epochs), with a checkpoint after every second one.
@@ -104,61 +103,41 @@ def config(
         text_dir: Of the text model.
         base: Base checkpoint.
         by_epoch: Whether mmengine counts epochs or iterations.
-        resume: Whether to go on from the latest checkpoint.
-        kill_at: Iteration that the process does not survive.
+        epochs: Number of epochs of 4 images.
         batch_size: Images of a rank's batch.
-        launcher: 'pytorch' where a process group has been started.
         flicker: Of the images.
+        load_from: Whether mmengine's ``load_from`` brings the base, which mmdet's tools/train.py
+            takes away where the run resumes.
+        resume: Whether to go on from the latest checkpoint.
+        launcher: 'pytorch' where a process group has been started.
         hooks: Further hooks.
-        epochs: Number of epochs.
-        scores: Of the validations, one after every epoch; empty: nothing is validated.
         checkpoint: Further settings of the checkpoint hook.
-        load_from: Whether mmengine's ``load_from`` brings the base, as mmdet's tools/train.py
-            hands it over: not where the run resumes.
+        scores: Of the validations, one after every epoch; empty: nothing is validated.
         **model: Keys of the model config to replace.
-
-    Returns:
-        The runner's config.
     """
-    iterations = epochs * 4 // batch_size
-    loop = dict(by_epoch=False, max_iters=iterations)
-    if by_epoch:
-        loop = dict(by_epoch=True, max_epochs=epochs)
+    if not load_from:
+        model['base_checkpoint'] = base
     hook = dict(type='AdapterCheckpointHook', by_epoch=by_epoch, interval=1 if by_epoch else 2)
-    hooks = [dict(type='ResumableSeedHook'), *hooks]
-    if kill_at is not None:
-        hooks.append(dict(type='KilledHook', at=kill_at))
     cfg = dict(
-        model=detector_cfg(
-            text_dir, **(dict(base_checkpoint=base) if not load_from else {}), **model
-        ),
+        model=detector_cfg(text_dir, **model),
         work_dir=work_dir,
-        train_dataloader=_loader(
-            'DefaultSampler' if by_epoch else 'InfiniteSampler', batch_size, flicker
-        ),
-        train_cfg=loop,
+        train_dataloader=_loader(by_epoch, batch_size, flicker),
+        train_cfg=_loop(by_epoch, epochs, batch_size),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3), clip_grad=dict(max_norm=0.1)),
         param_scheduler=dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=4),
         default_hooks=dict(
-            checkpoint={**hook, **(checkpoint or {})},
-            logger=dict(type='LoggerHook', interval=1),
+            checkpoint={**hook, **(checkpoint or {})}, logger=dict(type='LoggerHook', interval=1)
         ),
-        custom_hooks=hooks,
+        custom_hooks=[dict(type='ResumableSeedHook'), *hooks],
         randomness=dict(seed=3),
         resume=resume,
         load_from=base if load_from and not resume else None,
         launcher=launcher,
-        experiment_name=f'{os.path.basename(work_dir)}_{resume}_{kill_at}',
+        experiment_name=f'{os.path.basename(work_dir)}_{resume}',
         default_scope='mmdet',
+        model_wrapper_cfg=ON_CPU if launcher != 'none' else None,
     )
-    if launcher != 'none':
-        cfg['model_wrapper_cfg'] = ON_CPU
-    if scores:
-        cfg['val_dataloader'] = _loader('DefaultSampler', batch_size, flicker=1, shuffle=False)
-        cfg['val_evaluator'] = dict(type='GivenScores', scores=list(scores))
-        cfg['val_cfg'] = dict()
-        loop['val_interval'] = 1 if by_epoch else 2
-    return Config(cfg)
+    return Config({**cfg, **_validation(scores, batch_size)})
 
 
 def run(*args: Any, **kwargs: Any) -> Runner:
@@ -176,12 +155,28 @@ def run(*args: Any, **kwargs: Any) -> Runner:
     return runner
 
 
-def _loader(sampler: str, batch_size: int, flicker: int, shuffle: bool = True) -> dict[str, Any]:
+def _loop(by_epoch: bool, epochs: int, batch_size: int) -> dict[str, Any]:
+    if by_epoch:
+        return dict(by_epoch=True, max_epochs=epochs, val_interval=1)
+    return dict(by_epoch=False, max_iters=epochs * 4 // batch_size, val_interval=2)
+
+
+def _validation(scores: Sequence[float], batch_size: int) -> dict[str, Any]:
+    if not scores:
+        return {}
+    return dict(
+        val_cfg=dict(),
+        val_dataloader=_loader(True, batch_size, flicker=1),
+        val_evaluator=dict(type='GivenScores', scores=list(scores)),
+    )
+
+
+def _loader(by_epoch: bool, batch_size: int, flicker: int) -> dict[str, Any]:
     return dict(
         batch_size=batch_size,
         num_workers=0,
         dataset=dict(type='RandomImages', flicker=flicker),
-        sampler=dict(type=sampler, shuffle=shuffle),
+        sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=True),
         collate_fn=dict(type='pseudo_collate'),
     )
 
@@ -189,4 +184,5 @@ def _loader(sampler: str, batch_size: int, flicker: int, shuffle: bool = True) -
 if __name__ == '__main__':
     register_all_modules(init_default_scope=True)
     torch.set_num_threads(THREADS)  # as in the tests: sums depend on it
-    run(*sys.argv[1:4], by_epoch=sys.argv[4] == 'epoch', kill_at=int(sys.argv[5]))
+    killed = dict(type='KilledHook', at=int(sys.argv[5]))
+    run(*sys.argv[1:4], by_epoch=sys.argv[4] == 'epoch', hooks=[killed])
