@@ -62,6 +62,18 @@ def test_merging_into_a_half_precision_base_is_merging_into_the_base(
         assert moved == ([] if scale == 0 else adapted)
 
 
+def test_what_the_initialisation_rewrote_is_not_taken_from_the_base(
+    text_dir: str, base: str, tmp_path: Path
+) -> None:
+    lora = dict(preset='decoder', r=2, init_lora_weights='pissa', exclude_modules=['attn'])
+    exact = stir(build(text_dir, lora=lora, base_checkpoint=base))
+    half = build(text_dir, lora=lora, base_checkpoint=base, base_dtype='bfloat16')
+    load_checkpoint(half, save(exact, tmp_path / 'tuned.pth'))
+    name = 'decoder.layers.0.ffn.layers.1.weight'
+    wanted = merged_weights(exact)[name]
+    torch.testing.assert_close(merged_weights(half)[name], wanted, rtol=2**-8, atol=1e-3)
+
+
 def test_a_module_that_is_exported_whole_has_the_base_in_full_precision(
     text_dir: str,
     base: str,
