@@ -19,7 +19,7 @@ from mmdet.structures import SampleList
 from mmengine.model import BaseModule
 from torch import Tensor
 
-from mmdet_gdino_lora.engine.runner_config import runner_config
+from mmdet_gdino_lora.engine.runner_config import checkpoint_at_start
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.layers import precision
 from mmdet_gdino_lora.layers.exchange import exchange_layers
@@ -34,6 +34,7 @@ from mmdet_gdino_lora.lora import (
     lora_state,
     set_adapter,
     set_frozen_eval,
+    write_card,
 )
 from mmdet_gdino_lora.prediction import captions_to_predict, detect, validate
 from mmdet_gdino_lora.retain import Retention
@@ -136,6 +137,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         folder: str,
         classes: Sequence[str] = (),
         metrics: Optional[Mapping[str, float]] = None,
+        weights: Optional[Mapping[str, Tensor]] = None,
     ) -> bool:
         """Writes the adapter in PEFT's format.
 
@@ -143,14 +145,30 @@ class LoRAGroundingDINO(LeanGroundingDINO):
             folder: Created if missing.
             classes: Class names, for the model card.
             metrics: For the model card.
+            weights: A state dict of this detector to write instead of what it holds now.
 
         Returns:
             Whether there is an adapter.
         """
         if lora_state(self).config is None:
             return False
-        export_adapter(self, folder, classes=classes, metrics=metrics)
+        export_adapter(self, folder, classes=classes, metrics=metrics, weights=weights)
         return True
+
+    def describe_adapter(
+        self,
+        folder: str,
+        classes: Sequence[str] = (),
+        metrics: Optional[Mapping[str, float]] = None,
+    ) -> None:
+        """Writes the model card of a folder of :meth:`export_adapter` again, and no weights.
+
+        Args:
+            folder: Of the adapter.
+            classes: Class names.
+            metrics: Of the weights in the folder.
+        """
+        write_card(self, folder, classes=classes, metrics=metrics)
 
     def load_adapter(self, source: str, name: str) -> None:
         """Puts another adapter beside the detector's own, switched off.
@@ -181,12 +199,12 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         """Random and pretrained initialisation, where no base has brought the weights.
 
         mmdet's own would run Xavier over the adapters as well, after which an injected model no
-        longer starts equal to its base, and would fetch backbone and text weights that the base
-        overwrites.
+        longer starts equal to its base, and would fetch backbone and text weights that the base,
+        or the checkpoint of a resumed run, overwrites.
         """
         if self.base_checkpoint:
             return
-        if runner_config().get('load_from'):
+        if checkpoint_at_start():
             for module in self.modules():
                 if isinstance(module, BaseModule) and _is_pretrained(module.init_cfg):
                     module.init_cfg = None

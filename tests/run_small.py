@@ -10,8 +10,10 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from mmdet.registry import DATASETS, HOOKS
+from mmdet.registry import DATASETS, HOOKS, METRICS
 from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
@@ -46,6 +48,25 @@ class RandomImages(Dataset):
         return dict(inputs=torch.from_numpy(image).to(torch.uint8), data_samples=sample)
 
 
+@METRICS.register_module(force=True)
+class GivenScores(BaseMetric):
+    """Says what it is told, and beside it how sure the detector is, which its weights decide.
+
+    Args:
+        scores: Of one validation after the other.
+    """
+
+    def __init__(self, scores: Sequence[float]) -> None:
+        super().__init__()
+        self.scores = list(scores)
+
+    def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
+        self.results += [float(s['pred_instances']['scores'].sum()) for s in data_samples]
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        return dict(acc=self.scores.pop(0), sureness=sum(results))
+
+
 @HOOKS.register_module(force=True)
 class KilledHook(Hook):
     """Kills the process, without a chance to clean up, in the middle of an iteration."""
@@ -58,73 +79,110 @@ class KilledHook(Hook):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(
+def config(
     work_dir: str,
     text_dir: str,
     base: str,
     *,
     by_epoch: bool,
-    resume: bool = False,
-    kill_at: Optional[int] = None,
+    epochs: int = 2,
     batch_size: int = 2,
-    launcher: str = 'none',
     flicker: int = 55,
+    load_from: bool = False,
+    resume: bool = False,
+    launcher: str = 'none',
     hooks: Sequence[dict] = (),
+    checkpoint: Optional[dict] = None,
+    scores: Sequence[float] = (),
     **model: Any,
-) -> Runner:
-    """Trains for 4 iterations of 2 images (2 epochs), with a checkpoint after every second one.
+) -> Config:
+    """A run of 4 iterations of 2 images (2 epochs), with a checkpoint after every second one.
 
     Args:
         work_dir: Of the run.
         text_dir: Of the text model.
         base: Base checkpoint.
         by_epoch: Whether mmengine counts epochs or iterations.
-        resume: Whether to go on from the latest checkpoint.
-        kill_at: Iteration that the process does not survive.
+        epochs: Number of epochs of 4 images.
         batch_size: Images of a rank's batch.
-        launcher: 'pytorch' where a process group has been started.
         flicker: Of the images.
+        load_from: Whether mmengine's ``load_from`` brings the base, which mmdet's tools/train.py
+            takes away where the run resumes.
+        resume: Whether to go on from the latest checkpoint.
+        launcher: 'pytorch' where a process group has been started.
         hooks: Further hooks.
+        checkpoint: Further settings of the checkpoint hook.
+        scores: Of the validations, one after every epoch; empty: nothing is validated.
         **model: Keys of the model config to replace.
+    """
+    if not load_from:
+        model['base_checkpoint'] = base
+    hook = dict(type='AdapterCheckpointHook', by_epoch=by_epoch, interval=1 if by_epoch else 2)
+    cfg = dict(
+        model=detector_cfg(text_dir, **model),
+        work_dir=work_dir,
+        train_dataloader=_loader(by_epoch, batch_size, flicker),
+        train_cfg=_loop(by_epoch, epochs, batch_size),
+        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3), clip_grad=dict(max_norm=0.1)),
+        param_scheduler=dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=4),
+        default_hooks=dict(
+            checkpoint={**hook, **(checkpoint or {})}, logger=dict(type='LoggerHook', interval=1)
+        ),
+        custom_hooks=[dict(type='ResumableSeedHook'), *hooks],
+        randomness=dict(seed=3),
+        resume=resume,
+        load_from=base if load_from and not resume else None,
+        launcher=launcher,
+        experiment_name=f'{os.path.basename(work_dir)}_{resume}',
+        default_scope='mmdet',
+        model_wrapper_cfg=ON_CPU if launcher != 'none' else None,
+    )
+    return Config({**cfg, **_validation(scores, batch_size)})
+
+
+def run(*args: Any, **kwargs: Any) -> Runner:
+    """Trains.
+
+    Args:
+        *args: As for :func:`config`.
+        **kwargs: The same.
 
     Returns:
         The runner, after training.
     """
-    loop = dict(by_epoch=True, max_epochs=2) if by_epoch else dict(by_epoch=False, max_iters=4)
-    checkpoint = dict(
-        type='AdapterCheckpointHook', by_epoch=by_epoch, interval=1 if by_epoch else 2
-    )
-    hooks = [dict(type='ResumableSeedHook'), *hooks]
-    if kill_at is not None:
-        hooks.append(dict(type='KilledHook', at=kill_at))
-    distributed = launcher != 'none'
-    runner = Runner(
-        model=detector_cfg(text_dir, base_checkpoint=base, **model),
-        work_dir=work_dir,
-        train_dataloader=dict(
-            batch_size=batch_size,
-            num_workers=0,
-            dataset=dict(type='RandomImages', flicker=flicker),
-            sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=True),
-            collate_fn=dict(type='pseudo_collate'),
-        ),
-        train_cfg=loop,
-        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3), clip_grad=dict(max_norm=0.1)),
-        param_scheduler=dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=4),
-        default_hooks=dict(checkpoint=checkpoint, logger=dict(type='LoggerHook', interval=1)),
-        custom_hooks=hooks,
-        randomness=dict(seed=3),
-        resume=resume,
-        launcher=launcher,
-        cfg=dict(model_wrapper_cfg=ON_CPU) if distributed else None,
-        experiment_name=f'{os.path.basename(work_dir)}_{resume}_{kill_at}',
-        default_scope='mmdet',
-    )
+    runner = Runner.from_cfg(config(*args, **kwargs))
     runner.train()
     return runner
+
+
+def _loop(by_epoch: bool, epochs: int, batch_size: int) -> dict[str, Any]:
+    if by_epoch:
+        return dict(by_epoch=True, max_epochs=epochs, val_interval=1)
+    return dict(by_epoch=False, max_iters=epochs * 4 // batch_size, val_interval=2)
+
+
+def _validation(scores: Sequence[float], batch_size: int) -> dict[str, Any]:
+    if not scores:
+        return {}
+    return dict(
+        val_cfg=dict(),
+        val_dataloader=_loader(True, batch_size, flicker=1),
+        val_evaluator=dict(type='GivenScores', scores=list(scores)),
+    )
+
+
+def _loader(by_epoch: bool, batch_size: int, flicker: int) -> dict[str, Any]:
+    return dict(
+        batch_size=batch_size,
+        num_workers=0,
+        dataset=dict(type='RandomImages', flicker=flicker),
+        sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=True),
+        collate_fn=dict(type='pseudo_collate'),
+    )
 
 
 if __name__ == '__main__':
     register_all_modules(init_default_scope=True)
     torch.set_num_threads(THREADS)  # as in the tests: sums depend on it
-    run(*sys.argv[1:4], by_epoch=sys.argv[4] == 'epoch', kill_at=int(sys.argv[5]))
+    killed = dict(type='KilledHook', at=int(sys.argv[5]))
+    run(*sys.argv[1:4], by_epoch=sys.argv[4] == 'epoch', hooks=[killed])

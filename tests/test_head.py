@@ -83,7 +83,7 @@ def test_boxes_whose_class_the_caption_lacks_stop_training_by_name(text_dir):
     detector = build(text_dir, dn_cfg=None).train()
     samples = data_samples(['dog', 'cat'], [2, 3], seed=1)
     captions = detector.captions(samples)
-    detector._targets.attach(samples, captions, torch.ones(2, captions[0].num_tokens).bool())
+    detector.token_targets.attach(samples, captions, torch.ones(2, captions[0].num_tokens).bool())
     samples[1].gt_instances.positive_maps[1] = 0
     label = int(samples[1].gt_instances.labels[1])
     with pytest.raises(ValueError, match=rf'image 1 .* 1 boxes .*label {label}.*TokenSpans'):

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.logging import MessageHub
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.runner.checkpoint import load_checkpoint
+from safetensors.torch import save_file
 from torch import nn
 
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora import lora_state
+from mmdet_gdino_lora.lora.store.merge import merged_weights
 from tests.builders import build, detector_cfg
 from tests.detectors import detections, same, save, train
 
@@ -192,6 +194,61 @@ def test_a_base_that_moved_away_is_asked_for(
     message = refusal(build(text_dir), path)
     assert 'away.pth' in message and 'model.base_checkpoint' in message
     loaded(build(text_dir, base_checkpoint=base), path, caplog)  # same weights, another name
+
+
+def without_record(path: str, to: Path) -> str:
+    """The tensors alone, as a plain dict or another program leaves them."""
+    torch.save(dict(state_dict=dict(torch.load(path)['state_dict'])), to)
+    return str(to)
+
+
+def test_an_adapter_without_its_record_is_not_put_on_random_weights(
+    text_dir: str, adapter: str, tmp_path: Path
+) -> None:
+    message = refusal(build(text_dir), without_record(adapter, tmp_path / 'plain.pth'))
+    assert 'is random' in message and 'model.base_checkpoint' in message
+
+
+def test_an_adapter_without_its_record_takes_the_base_that_is_there_and_says_so(
+    text_dir: str, base: str, adapter: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    detector = build(text_dir, base_checkpoint=base)
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    try:
+        load_checkpoint(detector, without_record(adapter, tmp_path / 'plain.pth'))
+    finally:
+        logger.removeHandler(caplog.handler)
+    warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warned) == 1 and 'base.pth' in warned[0] and 'not be checked' in warned[0]
+    wanted = build(text_dir, base_checkpoint=base)
+    load_checkpoint(wanted, adapter)
+    assert same(detections(detector), detections(wanted))
+
+
+@pytest.mark.parametrize('form', ['file', 'folder'])
+def test_a_base_with_a_relative_path_is_found_from_another_folder(
+    text_dir: str,
+    base: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+) -> None:
+    source = 'base.safetensors' if form == 'file' else 'base'
+    (tmp_path / 'base').mkdir()
+    path = tmp_path / source if form == 'file' else tmp_path / 'base/model.safetensors'
+    save_file(torch.load(base)['state_dict'], path)
+    monkeypatch.chdir(tmp_path)
+    detector = build(text_dir, base_checkpoint=source)
+    path = save(detector, tmp_path / 'tuned.pth')
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    again = loaded(build(text_dir), path, caplog)
+    assert same(detections(detector), detections(again))
+    assert lora_state(again).base.source == source
+    weights = merged_weights(again, 0.0)
+    assert all(torch.equal(weights[n], w) for n, w in torch.load(base)['state_dict'].items())
 
 
 def test_adapters_that_start_from_the_base_want_it_in_the_config(text_dir: str, base: str) -> None:

@@ -18,10 +18,13 @@ def main() -> None:
         '--resume',
         nargs='?',
         const='auto',
-        help='go on from this checkpoint, or without a value from the latest in the work dir',
+        help='go on from this checkpoint, or without a value from the latest in the work dir, where '
+        'there is one',
     )
     args = arguments.parse_args()
     cfg = read_config(args.config, args.cfg_options, args.work_dir, args.launcher, args.local_rank)
+
+    from mmengine.runner import find_latest_checkpoint
 
     from mmdet_gdino_lora.engine.preflight import check_config
     from mmdet_gdino_lora.errors import ConfigError
@@ -36,9 +39,13 @@ def main() -> None:
                 'that its learning rate was chosen for>)'
             )
         cfg.auto_scale_lr.enable = True
-    if args.resume is not None:
+    if args.resume == 'auto':
+        # Where nothing was saved yet, the run begins as its config says, base included.
+        cfg.resume = find_latest_checkpoint(cfg.work_dir) is not None
+        cfg.load_from = None if cfg.resume else cfg.get('load_from')
+    elif args.resume is not None:
         cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+        cfg.load_from = args.resume
     check_config(cfg)
     build_runner(cfg).train()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
+from collections.abc import Sequence
 from typing import Any, Optional
 
 from mmdet.registry import HOOKS
@@ -20,9 +22,10 @@ class AdapterCheckpointHook(CheckpointHook):
     """mmengine's ``CheckpointHook``, killed at any moment without harm.
 
     Files appear whole under their name or not at all, ``last_checkpoint`` names a file that is
-    complete, and a checkpoint that ``max_keep_ckpts`` retires goes after its successor is on disk.
-    Beside ``epoch_3.pth`` lies ``epoch_3_adapter/`` with the adapter in PEFT's format; its model
-    card gets the metrics of the validation that follows.
+    complete, and a checkpoint that ``max_keep_ckpts`` or a better one retires goes after its
+    successor is on disk. Beside ``epoch_3.pth`` lies ``epoch_3_adapter/`` with the same weights in
+    PEFT's format (with ``EMAHook``: the average), and beside ``best_....pth`` its own. The model
+    card gets the metrics of the validation of these weights.
 
     Example::
 
@@ -36,7 +39,8 @@ class AdapterCheckpointHook(CheckpointHook):
     def __init__(self, *args: Any, export: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.export = export
-        self._exported: Optional[str] = None
+        self._weights: Optional[dict[str, Any]] = None
+        self._exported = _Exported()
 
     def before_train(self, runner: Any) -> None:
         """As mmengine's.
@@ -48,16 +52,31 @@ class AdapterCheckpointHook(CheckpointHook):
             self.backend_args = dict(backend='atomic')
         super().before_train(runner)
 
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Keeps the weights that are about to be written, for the adapter's folder.
+
+        Args:
+            runner: mmengine's runner.
+            checkpoint: As other hooks have left it; this one comes last.
+        """
+        self._weights = checkpoint['state_dict']
+
     def after_val_epoch(self, runner: Any, metrics: dict) -> None:
-        """As mmengine's; the metrics go into the adapter's model card.
+        """As mmengine's; the metrics go into the model cards of the weights that were measured.
 
         Args:
             runner: mmengine's runner.
             metrics: Of the validation.
         """
         super().after_val_epoch(runner, metrics)
-        if self._exported and is_main_process():
-            self._export(runner, self._exported, metrics)
+        self._weights = None
+        if metrics and self._exported.iteration == runner.iter:
+            for folder in self._exported.folders:
+                _model(runner).describe_adapter(folder, _classes(runner), metrics)
+
+    def _save_checkpoint(self, runner: Any) -> None:
+        super()._save_checkpoint(runner)
+        self._weights = None
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
         retired: list[str] = []
@@ -86,27 +105,78 @@ class AdapterCheckpointHook(CheckpointHook):
             open(partial, 'w', encoding='utf-8') as file,
         ):
             file.write(self.last_ckpt)
-        self._export(runner, _adapter_folder(self.last_ckpt))
+        self._export(runner, self.last_ckpt, meta['iter'])
         for path in retired:
-            if self.file_backend.isfile(path):
-                self.file_backend.remove(path)
-            shutil.rmtree(_adapter_folder(path), ignore_errors=True)
+            self._retire(path)
+
+    def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:
+        if not self.save_best:
+            return
+        # mmengine removes the old file before it writes the new one, unless it knows of none.
+        old = self._best()
+        self._set_best(dict.fromkeys(old))
+        super()._save_best_checkpoint(runner, metrics)
+        new = self._best()
+        self._set_best({indicator: path or old.get(indicator) for indicator, path in new.items()})
+        if not is_main_process():
+            return
+        for path in filter(None, new.values()):
+            self._export(runner, path, runner.iter)
+        for indicator, path in old.items():
+            if path and new.get(indicator) not in (None, path):
+                self._retire(path)
+
+    def _best(self) -> dict[str, Optional[str]]:
+        """The best checkpoint by each of the metrics that choose one."""
+        if len(self.key_indicators) == 1:
+            return {'': self.best_ckpt_path}
+        return dict(self.best_ckpt_path_dict)
+
+    def _set_best(self, paths: dict[str, Optional[str]]) -> None:
+        if len(self.key_indicators) == 1:
+            self.best_ckpt_path = paths['']
+        else:
+            self.best_ckpt_path_dict = paths
 
     def _path(self, step: int) -> str:
         return self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step))
 
-    def _export(self, runner: Any, folder: str, metrics: Optional[dict] = None) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    def _retire(self, checkpoint: str) -> None:
+        if self.file_backend.isfile(checkpoint):
+            self.file_backend.remove(checkpoint)
+        shutil.rmtree(_adapter_folder(checkpoint), ignore_errors=True)
+
+    def _export(self, runner: Any, checkpoint: str, iteration: int) -> None:
+        """Writes the adapter beside a checkpoint that has just been written."""
+        folder, model = _adapter_folder(checkpoint), _model(runner)
         if not self.export or '://' in folder or not hasattr(model, 'export_adapter'):
             return
-        dataset = runner.train_dataloader.dataset
-        classes = getattr(dataset, 'metainfo', {}).get('classes', ())
+        if self._exported.iteration != iteration:
+            self._exported = _Exported(iteration)
+        if folder in self._exported.folders:
+            return
         try:
-            if model.export_adapter(folder, classes=classes, metrics=metrics):
-                self._exported = folder
+            if model.export_adapter(folder, classes=_classes(runner), weights=self._weights):
+                self._exported.folders.append(folder)
         except ConfigError as error:  # the checkpoint is there; training goes on
             runner.logger.warning('No adapter in PEFT format is written: %s', error)
             self.export = False
+
+
+@dataclasses.dataclass
+class _Exported:
+    """The folders that hold the weights after a number of iterations."""
+
+    iteration: int = -1
+    folders: list[str] = dataclasses.field(default_factory=list)
+
+
+def _model(runner: Any) -> Any:
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def _classes(runner: Any) -> Sequence[str]:
+    return getattr(runner.train_dataloader.dataset, 'metainfo', {}).get('classes', ())
 
 
 def _adapter_folder(checkpoint: str) -> str:

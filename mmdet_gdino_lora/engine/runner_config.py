@@ -12,6 +12,7 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.logging import MessageHub
+from mmengine.runner import find_latest_checkpoint
 
 
 def runner_config() -> Mapping[str, Any]:
@@ -29,6 +30,21 @@ def runner_config() -> Mapping[str, Any]:
 def _parse(text: str) -> Config:
     # The run has imported its ``custom_imports`` by now, so that this finds them imported.
     return Config.fromstring(text, '.py')
+
+
+def checkpoint_at_start() -> str:
+    """The checkpoint that the current mmengine run begins with.
+
+    Returns:
+        ``load_from``; where the run resumes without one, the latest checkpoint of its folder; empty
+        outside a run, and where weights are random at first.
+    """
+    config = runner_config()
+    if config.get('load_from'):
+        return str(config['load_from'])
+    if config.get('resume') and config.get('work_dir'):
+        return find_latest_checkpoint(config['work_dir']) or ''
+    return ''
 
 
 def annotations_follow_resize(config: Mapping[str, Any]) -> bool:

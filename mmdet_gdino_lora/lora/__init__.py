@@ -9,7 +9,7 @@ from mmdet_gdino_lora.lora.inject.report import Report, describe
 from mmdet_gdino_lora.lora.state import LoraState, lora_state
 from mmdet_gdino_lora.lora.store.base import load_base
 from mmdet_gdino_lora.lora.store.checkpoint import install_hooks
-from mmdet_gdino_lora.lora.store.folder import export_adapter
+from mmdet_gdino_lora.lora.store.folder import export_adapter, write_card
 from mmdet_gdino_lora.lora.tensors import ADAPTER
 
 __all__ = [
@@ -30,4 +30,5 @@ __all__ = [
     'lora_state',
     'set_adapter',
     'set_frozen_eval',
+    'write_card',
 ]

@@ -81,6 +81,7 @@ class LoraState:
         self.switch = Switch()
         self._brought: frozenset[str] = frozenset()
         self._changed: Optional[frozenset[str]] = None
+        self._loaded = False
 
     # ----------------------------------------------------------------------------- what happened
 
@@ -91,6 +92,7 @@ class LoraState:
             base: None for random weights.
         """
         self.base = base
+        self._loaded = True
         self._brought, self._changed = frozenset(), None
         self.switch.forget_base()
 
@@ -109,6 +111,7 @@ class LoraState:
         Args:
             names: Plain names; factors of adapters among them don't count.
         """
+        self._loaded = True
         self._brought |= {name for name in names if not is_factor(name)}
         self._changed = None
 
@@ -121,6 +124,11 @@ class LoraState:
         self.full_checkpoint = full
 
     # ------------------------------------------------------------------------------- what is asked
+
+    @property
+    def awaits_weights(self) -> bool:
+        """Whether neither a base nor a checkpoint has been loaded yet."""
+        return not self._loaded
 
     @property
     def config(self) -> Optional[LoraConfig]:

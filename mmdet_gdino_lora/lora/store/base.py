@@ -86,7 +86,55 @@ def base_of(detector: nn.Module) -> dict[str, Tensor]:
             'the base of this detector is random or of unknown origin, so there is nothing to '
             'switch to or to scale an adapter against; set model.base_checkpoint.'
         )
-    return base_weights(detector, base.source)
+    return base_weights(detector, base_location(base))
+
+
+def base_location(base: Base) -> str:
+    """Where a base lies now, for a process that may run in another folder than the one before.
+
+    Args:
+        base: As recorded.
+
+    Returns:
+        Path of a file or folder that exists; else the source as the user gave it.
+    """
+    paths = (base.path, os.path.expanduser(base.source))
+    return next(filter(os.path.exists, paths), base.source)
+
+
+def unrounded(
+    detector: nn.Module,
+    tensors: Mapping[str, Tensor],
+    base: Optional[Mapping[str, Tensor]] = None,
+) -> dict[str, Tensor]:
+    """A detector's tensors in float32, whatever ``base_dtype`` it keeps the frozen ones in.
+
+    Args:
+        detector: The detector that they are from, injected or not.
+        tensors: By plain name.
+        base: The base's weights, by plain name; read again from its file where None.
+
+    Returns:
+        New tensors on the CPU. Those that are still the base's and that the detector keeps in half
+        precision come from the base's file; the others are as they were.
+
+    Raises:
+        ConfigError: As for :func:`load_base`.
+    """
+    state = lora_state(detector)
+    rounded = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.dtype in (torch.bfloat16, torch.float16) and name not in state.changed
+    ]
+    if base is None:
+        known = rounded and state.base is not None and state.base.source
+        base = base_of(detector) if known else {}
+    exact = {**tensors, **{name: base[name] for name in rounded if name in base}}
+    return {
+        name: tensor.to('cpu', torch.float32 if tensor.is_floating_point() else None, copy=True)
+        for name, tensor in exact.items()
+    }
 
 
 def in_mmdet_names(detector: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -124,29 +172,30 @@ def fit_base(detector: nn.Module, weights: Mapping[str, Tensor], source: str) ->
     Raises:
         ConfigError: If names or shapes don't fit.
     """
-    own = plain_tensors(detector)
+    tensors = plain_tensors(detector)
     absent = [
         name
         for name in (LABEL_EMBEDDING,)
-        if name in own and (name not in weights or weights[name].shape != own[name].shape)
+        if name in tensors and (name not in weights or weights[name].shape != tensors[name].shape)
     ]
-    unused = [*absent, *(() if LABEL_EMBEDDING in own else (LABEL_EMBEDDING,))]
+    unused = [*absent, *(() if LABEL_EMBEDDING in tensors else (LABEL_EMBEDDING,))]
     weights = {name: w for name, w in weights.items() if name not in unused}
-    _check_names(own, weights, absent, source)
+    _check_names(tensors, weights, absent, source)
     with torch.no_grad():
         for name, weight in weights.items():
-            if name in own:
-                own[name].copy_(weight)
-    path = os.path.abspath(source) if os.path.exists(source) else ''
-    return Base(source, fingerprint(own, absent), frozenset(absent), path)
+            if name in tensors:
+                tensors[name].copy_(weight)
+    path = os.path.abspath(os.path.expanduser(source))
+    path = path if source and os.path.exists(path) else ''
+    return Base(source, fingerprint(tensors, absent), frozenset(absent), path)
 
 
 def _check_names(
-    own: Mapping[str, Tensor], weights: Mapping[str, Tensor], absent: Sequence[str], source: str
+    tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor], absent: Sequence[str], source: str
 ) -> None:
-    missing = [n for n in own if n not in weights and n not in absent and _counts(n)]
-    unknown = [n for n in weights if n not in own and _counts(n)]
-    shapes = [n for n in weights if n in own and weights[n].shape != own[n].shape]
+    missing = [n for n in tensors if n not in weights and n not in absent and _counts(n)]
+    unknown = [n for n in weights if n not in tensors and _counts(n)]
+    shapes = [n for n in weights if n in tensors and weights[n].shape != tensors[n].shape]
     if not (missing or unknown or shapes):
         return
     found = []
@@ -154,7 +203,7 @@ def _check_names(
         name = shapes[0]
         found.append(
             f'{len(shapes)} weights have another shape ({name} is {tuple(weights[name].shape)} in '
-            f'the file and {tuple(own[name].shape)} in the model)'
+            f'the file and {tuple(tensors[name].shape)} in the model)'
         )
     if missing:
         found.append(f'{len(missing)} of the model are not in the file ({_some(missing)})')

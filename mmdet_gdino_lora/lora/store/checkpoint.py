@@ -11,8 +11,8 @@ the state dict's metadata, where torch keeps module versions. On the way in, a s
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Optional
@@ -20,10 +20,16 @@ from typing import Any, Optional
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
-from mmdet_gdino_lora.engine.runner_config import runner_config
+from mmdet_gdino_lora.engine.runner_config import checkpoint_at_start, runner_config
 from mmdet_gdino_lora.errors import ConfigError
-from mmdet_gdino_lora.lora.state import Base, lora_state
-from mmdet_gdino_lora.lora.store.base import base_of, base_weights, fit_base, in_mmdet_names
+from mmdet_gdino_lora.lora.state import Base, LoraState, lora_state
+from mmdet_gdino_lora.lora.store.base import (
+    base_location,
+    base_of,
+    base_weights,
+    fit_base,
+    in_mmdet_names,
+)
 from mmdet_gdino_lora.lora.tensors import (
     ADAPTER,
     LABEL_EMBEDDING,
@@ -96,11 +102,20 @@ def _keep_what_differs(
     for name in state_dict if state.switch.set_aside else ():
         plain = base_name(name.removeprefix(prefix))
         state_dict[name] = state.switch.set_aside.get(plain, state_dict[name])
-    if state.full_checkpoint or state.base is None or not state.base.source:
+    if state.full_checkpoint or not _base_is_elsewhere(state):
         return
     kept = {prefix + name for name in state.names_to_save(detector)}
     for name in [n for n in state_dict if n.startswith(prefix) and n not in kept]:
         del state_dict[name]
+
+
+def _base_is_elsewhere(state: LoraState) -> bool:
+    """Whether the base can be read again, so that it need not be saved."""
+    if state.awaits_weights:
+        # mmengine's AveragedModel asks for the names that it will average before load_from has
+        # brought the base, and they have to be those that the detector saves afterwards.
+        return bool(checkpoint_at_start())
+    return state.base is not None and bool(state.base.source)
 
 
 # --------------------------------------------------------------------------------------- loading
@@ -132,11 +147,10 @@ def _load(
         incoming = _from_adapter(detector, incoming, note)
     else:
         incoming = _from_plain(detector, incoming)
-    own = named_tensors(detector)
     for name in [n for n in state_dict if n.startswith(prefix)]:
         del state_dict[name]
     # What didn't come stays as it is; handed to torch as well, so that it isn't reported missing.
-    for name, tensor in own.items():
+    for name, tensor in named_tensors(detector).items():
         state_dict[prefix + name] = incoming.get(name, tensor)
 
 
@@ -158,14 +172,14 @@ def _from_adapter(
 ) -> dict[str, Tensor]:
     state = lora_state(detector)
     _check_adapter(detector, incoming, note)
-    own = {base_name(name): name for name in named_tensors(detector)}
-    unknown = [name for name in incoming if base_name(name) not in own]
+    names = {base_name(name): name for name in named_tensors(detector)}
+    unknown = [name for name in incoming if base_name(name) not in names]
     if unknown:
         raise ConfigError(
             f'the checkpoint holds {unknown[0]!r}, which this model has not; use the config that '
             'it was trained with.'
         )
-    found = {own[base_name(name)]: value for name, value in incoming.items()}
+    found = {names[base_name(name)]: value for name, value in incoming.items()}
     base = note and note.get('base')
     if all(name in found for name, _ in detector.named_parameters()):  # the base came along
         state.stands_on(Base(**_base_fields(base)) if base else None)
@@ -173,6 +187,8 @@ def _from_adapter(
     else:
         if base:
             check_base(detector, base)
+        else:
+            _take_base_on_trust(state)
         state.brought(base_name(name) for name in found)
     return in_todays_count(found, (note or {}).get('attention_output_factor'))
 
@@ -188,19 +204,19 @@ def _check_adapter(
                 f'the adapter in the checkpoint was trained with {key}={theirs[key]!r}, the config '
                 f'says lora.{key}={ours[key]!r}; set lora.{key}={theirs[key]!r}.'
             )
-    own = dict(detector.named_parameters())
+    parameters = dict(detector.named_parameters())
     for name, value in list(incoming.items()):
-        if name in own and own[name].shape != value.shape:
+        if name in parameters and parameters[name].shape != value.shape:
             if name == LABEL_EMBEDDING:  # of other classes: the model's own stays
                 del incoming[name]
                 continue
             raise ConfigError(
                 f'the adapter in the checkpoint does not fit: {name} is {tuple(value.shape)} there '
-                f'and {tuple(own[name].shape)} in the model (lora.r={state.config.r}); use the '
-                'config that it was trained with.'
+                f'and {tuple(parameters[name].shape)} in the model (lora.r={state.config.r}); '
+                'use the config that it was trained with.'
             )
     theirs = {name for name in incoming if '.lora_' in name}
-    ours = {name for name in own if is_factor(name, ADAPTER)}
+    ours = {name for name in parameters if is_factor(name, ADAPTER)}
     if theirs != ours:
         name = sorted(theirs ^ ours)[0]
         module = name.split('.lora_')[0]
@@ -209,6 +225,20 @@ def _check_adapter(
             f'({module} only {"in the checkpoint" if name in theirs else "in the model"}); it was '
             f'trained with preset={(note or {}).get("preset")!r}.'
         )
+
+
+def _take_base_on_trust(state: LoraState) -> None:
+    """For an adapter without a record of its base, as is left of a state dict's plain tensors."""
+    if state.base is None:
+        raise ConfigError(
+            'the checkpoint holds an adapter without a record of the base that it was trained on, '
+            'and the base of this detector is random: set model.base_checkpoint to that base.'
+        )
+    MMLogger.get_current_instance().warning(
+        'The checkpoint holds an adapter without a record of the base that it was trained on; it '
+        'is put on %s, and whether that is the same could not be checked.',
+        state.base,
+    )
 
 
 def _base_fields(base: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,7 +263,7 @@ def check_base(detector: nn.Module, base: Mapping[str, Any]) -> None:
                 f'the adapter was initialised from its base {wanted}: set '
                 f'model.base_checkpoint={wanted.source!r}.'
             )
-        found = next((p for p in (wanted.source, wanted.path) if os.path.isfile(p)), wanted.source)
+        found = base_location(wanted)
         try:
             weights = base_weights(detector, found)
         except ConfigError as error:
@@ -241,7 +271,8 @@ def check_base(detector: nn.Module, base: Mapping[str, Any]) -> None:
                 f'the adapter needs its base {wanted}, which is not at {wanted.source!r} any more; '
                 f'set model.base_checkpoint to where it lies now ({error})'
             ) from error
-        state.stands_on(fit_base(detector, weights, found))
+        base_found = fit_base(detector, weights, found)
+        state.stands_on(dataclasses.replace(base_found, source=wanted.source))
         MMLogger.get_current_instance().info('Base of the adapter loaded from %s', found)
     theirs, ours = wanted.fingerprint, state.base.fingerprint
     differing = sorted(g for g in {*theirs, *ours} if theirs.get(g) != ours.get(g))

@@ -154,14 +154,14 @@ def release_of(names: Iterable[str]) -> Optional[str]:
 
 
 def to_mmdet(
-    weights: Mapping[str, Tensor], release: str, own: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor], release: str, model_tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Weights of another release under mmdet's names and in mmdet's layout.
 
     Args:
         weights: As read from the file.
         release: See :func:`release_of`.
-        own: Tensors of the plain detector that will take them.
+        model_tensors: Tensors of the plain detector that will take them.
 
     Returns:
         Tensors by plain name. Those that the detector has and the file lacks are missing; those
@@ -169,14 +169,16 @@ def to_mmdet(
     """
     result: dict[str, Tensor] = {}
     used: set[str] = set()
-    for name in own:
-        sources = _first_present(_sources(name, release, own), weights)
+    for name in model_tensors:
+        sources = _first_present(_sources(name, release, model_tensors), weights)
         if sources:
             tensors = [weights[source] for source in sources]
             tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
             if '.downsample.' in name:
                 tensor = _merge_order(tensor, to_unfold=True)
-            result[name] = tensor.reshape(own[name].shape) if tensor.numel() == 1 else tensor
+            result[name] = (
+                tensor.reshape(model_tensors[name].shape) if tensor.numel() == 1 else tensor
+            )
             used.update(sources)
     result.update((n, w) for n, w in weights.items() if n not in used and not _UNUSED.search(n))
     return result
@@ -235,9 +237,9 @@ def check_scores(detector: nn.Module, weights: Mapping[str, Tensor], release: st
         )
 
 
-def _sources(name: str, release: str, own: Mapping[str, Tensor]) -> list[list[str]]:
+def _sources(name: str, release: str, names: Iterable[str]) -> list[list[str]]:
     """Where a weight may lie in the release's file: alternatives, each of one or three names."""
-    translated = _positions(name, release, own)
+    translated = _positions(name, release, names)
     for pattern, replacement in _TABLES[release]:
         translated, count = re.subn(pattern, replacement, translated)
         if count:
@@ -255,12 +257,12 @@ def _sources(name: str, release: str, own: Mapping[str, Tensor]) -> list[list[st
     return [[alternative] for alternative in alternatives]
 
 
-def _positions(name: str, release: str, own: Mapping[str, Tensor]) -> str:
+def _positions(name: str, release: str, names: Iterable[str]) -> str:
     """Brings numbers that mean something else in the releases into their form."""
     branch = re.match(r'bbox_head\.(reg|cls)_branches\.(\d+)\.(.*)', name)
     if branch:
         kind, index, rest = branch[1], int(branch[2]), branch[3]
-        last = max(int(n.split('.')[2]) for n in own if n.startswith('bbox_head.reg_branches.'))
+        last = max(int(n.split('.')[2]) for n in names if n.startswith('bbox_head.reg_branches.'))
         if kind == 'reg':
             linear, key = rest.split('.')
             rest = f'layers.{int(linear) // 2}.{key}'
@@ -270,7 +272,7 @@ def _positions(name: str, release: str, own: Mapping[str, Tensor]) -> str:
         return f'backbone.norm{int(norm[1]) + 1}.{norm[2]}'
     extra = re.match(r'neck\.extra_convs\.(\d+)\.(.*)', name)
     if extra:
-        count = len({n.split('.')[2] for n in own if n.startswith('neck.convs.')})
+        count = len({n.split('.')[2] for n in names if n.startswith('neck.convs.')})
         return f'neck.convs.{count + int(extra[1])}.{extra[2]}'
     return name
 

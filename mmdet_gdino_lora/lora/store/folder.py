@@ -17,6 +17,7 @@ from mmdet_gdino_lora.engine.atomic import atomic
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora.inject.report import describe
 from mmdet_gdino_lora.lora.state import lora_state
+from mmdet_gdino_lora.lora.store.base import unrounded
 from mmdet_gdino_lora.lora.store.checkpoint import RECORD, record
 from mmdet_gdino_lora.lora.tensors import LABEL_EMBEDDING, base_name, is_factor, named_tensors
 from mmdet_gdino_lora.peft_layers.layers import adapter_layers, is_adapted
@@ -48,6 +49,7 @@ def export_adapter(
     *,
     classes: Sequence[str] = (),
     metrics: Optional[Mapping[str, float]] = None,
+    weights: Optional[Mapping[str, Tensor]] = None,
 ) -> None:
     """Writes the adapter in PEFT's own format, with a model card.
 
@@ -60,29 +62,65 @@ def export_adapter(
         folder: Created if missing; files in it are replaced one by one, the weights last.
         classes: Class names, for the card.
         metrics: For the card.
+        weights: A state dict of the detector to write instead of what it holds now, such as the
+            average that mmengine's ``EMAHook`` puts into checkpoints.
 
     Raises:
         ConfigError: For a freed parameter that PEFT's format has no place for.
     """
     config = lora_state(detector).config
     saved = _saved_modules(detector)
-    own = named_tensors(detector)
-    weights = get_peft_model_state_dict(detector, state_dict=dict(own))
-    for name in saved:
-        weights.update({n: t for n, t in own.items() if n.startswith(f'{name}.')})
-    weights = {PEFT_PREFIX + n: t.detach().cpu().contiguous() for n, t in weights.items()}
-    base = lora_state(detector).base
     exported = dataclasses.replace(
         config,
         modules_to_save=saved or None,
         inference_mode=True,
-        base_model_name_or_path=base.source if base else None,
+        base_model_name_or_path=_base_source(detector),
     )
     fields = {k: sorted(v) if isinstance(v, set) else v for k, v in exported.to_dict().items()}
+    tensors = {**named_tensors(detector), **(weights or {})}
     _write_text(os.path.join(folder, 'adapter_config.json'), json.dumps(fields, indent=2))
-    _write_text(os.path.join(folder, 'README.md'), _card(detector, classes, metrics or {}))
+    write_card(detector, folder, classes=classes, metrics=metrics)
     with atomic(os.path.join(folder, 'adapter_model.safetensors')) as partial:
-        save_file(weights, partial, metadata={'format': 'pt', RECORD: json.dumps(record(detector))})
+        save_file(
+            _peft_weights(detector, saved, tensors),
+            partial,
+            metadata={'format': 'pt', RECORD: json.dumps(record(detector))},
+        )
+
+
+def write_card(
+    detector: nn.Module,
+    folder: str,
+    *,
+    classes: Sequence[str] = (),
+    metrics: Optional[Mapping[str, float]] = None,
+) -> None:
+    """Writes the model card of an adapter's folder, and nothing else.
+
+    Args:
+        detector: Tuned.
+        folder: Created if missing.
+        classes: Class names.
+        metrics: Of the weights in the folder.
+    """
+    _write_text(os.path.join(folder, 'README.md'), _card(detector, classes, metrics or {}))
+
+
+def _peft_weights(
+    detector: nn.Module, saved: Sequence[str], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The adapter's weights and those of the modules that it replaces, under PEFT's names."""
+    weights = get_peft_model_state_dict(detector, state_dict=dict(tensors))
+    within = tuple(f'{name}.' for name in saved)
+    # Modules are replaced whole, with what is frozen in them.
+    modules = {n: t for n, t in tensors.items() if within and n.startswith(within)}
+    weights.update(unrounded(detector, modules))
+    return {PEFT_PREFIX + n: t.detach().cpu().contiguous() for n, t in weights.items()}
+
+
+def _base_source(detector: nn.Module) -> Optional[str]:
+    base = lora_state(detector).base
+    return base.source if base else None
 
 
 def _write_text(path: str, text: str) -> None:
@@ -112,7 +150,7 @@ def _saved_modules(detector: nn.Module) -> list[str]:
 
 def _card(detector: nn.Module, classes: Sequence[str], metrics: Mapping[str, float]) -> str:
     state, report = lora_state(detector), describe(detector)
-    base = state.base.source if state.base else 'random weights'
+    base = _base_source(detector) or 'random weights'
     lines = [
         '---',
         'library_name: peft',
@@ -132,7 +170,8 @@ def _card(detector: nn.Module, classes: Sequence[str], metrics: Mapping[str, flo
         lines.append(f'- classes: {", ".join(classes)}')
     if metrics:
         lines += ['', '| metric | value |', '|---|---|']
-        lines += [f'| {name} | {value:.4g} |' for name, value in metrics.items()]
+        numbers = {n: v if isinstance(v, str) else f'{v:.4g}' for n, v in metrics.items()}
+        lines += [f'| {name} | {number} |' for name, number in numbers.items()]
     return '\n'.join(
         [
             *lines,

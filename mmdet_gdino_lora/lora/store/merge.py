@@ -10,8 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from mmdet_gdino_lora.lora.state import lora_state
-from mmdet_gdino_lora.lora.store.base import base_of
-from mmdet_gdino_lora.lora.tensors import LABEL_EMBEDDING, plain_tensors
+from mmdet_gdino_lora.lora.store.base import base_of, unrounded
+from mmdet_gdino_lora.lora.tensors import (
+    LABEL_EMBEDDING,
+    base_name,
+    is_factor,
+    named_tensors,
+    plain_tensors,
+)
 from mmdet_gdino_lora.peft_layers.attention import FrozenMultiheadAttention
 from mmdet_gdino_lora.peft_layers.layers import adapter_layers
 
@@ -29,22 +35,24 @@ def merged_weights(
     Args:
         detector: Tuned.
         scale: 0 is the base, bit for bit; 1 the tuned model.
-        base: The base's own weights, by plain name; read again from its file where None.
+        base: The base's weights, by plain name; read again from its file where None.
 
     Returns:
-        Tensors under mmdet's names, on the CPU.
+        Tensors under mmdet's names, on the CPU, in float32 also where the detector keeps its base
+        in half precision.
 
     Raises:
         ConfigError: If the base is needed and not to be found.
     """
-    tuned = {name: tensor.cpu().clone() for name, tensor in plain_tensors(detector).items()}
+    tensors = plain_tensors(detector)
+    labels_missing = LABEL_EMBEDDING not in tensors and lora_state(detector).base is not None
+    if base is None and (scale != 1 or labels_missing):
+        base = base_of(detector)
+    tuned = unrounded(detector, tensors, base)
     for name, layer in adapter_layers(detector).items():
-        for key, tensor in _merged_layer(layer).items():
-            tuned[f'{name}.{key}'] = tensor.cpu()
-    if scale == 1 and (LABEL_EMBEDDING in tuned or not lora_state(detector).base):
-        return tuned
-    base = base_of(detector) if base is None else base
-    tuned.setdefault(LABEL_EMBEDDING, base[LABEL_EMBEDDING])
+        tuned.update(_merged_layer(name, layer, tuned))
+    if labels_missing and LABEL_EMBEDDING in base:
+        tuned[LABEL_EMBEDDING] = base[LABEL_EMBEDDING].float()
     if scale == 1:
         return tuned
     return {
@@ -55,13 +63,23 @@ def merged_weights(
     }
 
 
-def _merged_layer(layer: nn.Module) -> dict[str, Tensor]:
+def _merged_layer(name: str, layer: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapted layer's weights with the active adapters added, by plain name, in float32.
+
+    In the base's half precision most of an adapter is lost: bfloat16 keeps 8 bits of the sum, and
+    adapters are small beside what they are added to.
+    """
+    layer = copy.deepcopy(layer).float()
+    for key, tensor in named_tensors(layer).items():
+        if not is_factor(f'{name}.{key}'):
+            tensor.copy_(weights[base_name(f'{name}.{key}')])
     if isinstance(layer, FrozenMultiheadAttention):
         packed, output = layer.effective_weights(list(layer.active_adapters))
-        return {'in_proj_weight': packed, 'out_proj.weight': output}
-    layer = copy.deepcopy(layer)
-    layer.merge(safe_merge=True)
-    return dict(layer.get_base_layer().named_parameters())
+        merged = {'in_proj_weight': packed, 'out_proj.weight': output}
+    else:
+        layer.merge(safe_merge=True)
+        merged = dict(layer.get_base_layer().named_parameters())
+    return {f'{name}.{key}': tensor.detach().cpu() for key, tensor in merged.items()}
 
 
 def _between(base: Tensor, tuned: Tensor, scale: float) -> Tensor:
