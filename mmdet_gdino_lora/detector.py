@@ -16,10 +16,12 @@ from mmdet.models.dense_heads import GroundingDINOHead
 from mmdet.models.language_models import BertModel
 from mmdet.registry import MODELS
 from mmdet.structures import SampleList
+from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
 from torch import Tensor
 
-from mmdet_gdino_lora.engine.runner_config import checkpoint_at_start
+from mmdet_gdino_lora.engine.learning_rates import multiplied_rates
+from mmdet_gdino_lora.engine.runner_config import checkpoint_at_start, runner_config
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.layers import precision
 from mmdet_gdino_lora.layers.exchange import exchange_layers
@@ -128,6 +130,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         self._check_adapters = check_adapters and lora is not None
         self._gradient_check: Optional[GradientCheck] = None
         self._boxes_in_last_step = 0
+        self._rates_told = lora is None
         self.token_targets = TokenTargets(self.bbox_head.num_classes if dn_cfg else None)
 
     # ---------------------------------------------------------------------------- weights and modes
@@ -263,6 +266,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
             return self._loss(batch_inputs, batch_data_samples)
 
     def _loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
+        self._tell_learning_rates()
         self._watch_gradients(batch_data_samples)
         teacher = None
         if self.retention is not None and self.training and self.retention.is_due():
@@ -279,6 +283,21 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         if teacher is not None:
             losses.update(self.retention.loss(self, features, batch_data_samples, teacher))
         return losses
+
+    def _tell_learning_rates(self) -> None:
+        """Says once what the config's multipliers do to adapters, without a hook in the config."""
+        if not self.training or self._rates_told:
+            return
+        self._rates_told = True
+        trained = [name for name, p in self.named_parameters() if p.requires_grad]
+        phrases = multiplied_rates(runner_config(), trained)
+        if phrases:
+            MMLogger.get_current_instance().warning(
+                'optim_wrapper.paramwise_cfg.custom_keys also multiplies the learning rate of '
+                'adapters: %s; leave the keys out if the adapters there shall learn as the others '
+                'do (the base is frozen anyway).',
+                ', '.join(phrases),
+            )
 
     def _watch_gradients(self, batch_data_samples: SampleList) -> None:
         # Runners of several GPUs never call this detector's train_step, so that a step is known to

@@ -114,3 +114,29 @@ def test_the_criterion_gets_every_layer_and_the_encoder(text_dir, monkeypatch):
     plain = {key: value for key, value in outputs.items() if key != 'decoder_outputs'}
     for name, value in forward(plain, targets).items():
         torch.testing.assert_close(losses[name], value * criterion.weight_dict[name])
+
+
+def test_without_lora_alpha_the_adapter_is_as_strong_as_in_the_shipped_config(text_dir):
+    for rank in (4, 16):
+        cfg = two_lines(text_dir)
+        cfg.lora = dict(preset='decoder', r=rank)
+        layer = build_cfg(cfg).decoder.layers[0].ffn.layers[1]
+        assert layer.scaling == {'default': 2.0}
+
+
+def test_multipliers_of_the_config_that_slow_adapters_are_told_once(text_dir, monkeypatch):
+    detector = build(text_dir, lora=dict(preset='backbone+decoder', r=4), dn_cfg=None).train()
+    keys = {'backbone': dict(lr_mult=0.1), 'language_model': dict(lr_mult=0.1)}
+    run = dict(optim_wrapper=dict(paramwise_cfg=dict(custom_keys=keys)))
+    monkeypatch.setattr('mmdet_gdino_lora.detector.runner_config', lambda: run)
+    lines = []
+    monkeypatch.setattr(
+        MMLogger.get_current_instance(), 'warning', lambda text, *args: lines.append(text % args)
+    )
+    for _ in range(2):
+        detector.loss(torch.rand(2, 3, 64, 64), data_samples(['dog', 'cat'], [2, 3]))
+    (line,) = lines
+    names = [name for name, p in detector.named_parameters() if p.requires_grad]
+    count = sum('backbone' in name and '.lora_' in name for name in names)
+    assert f"'backbone' (lr_mult=0.1) holds {count} adapter weights" in line and count > 10
+    assert 'language_model' not in line

@@ -51,7 +51,9 @@ def test_no_stock_layer_is_left_and_every_lean_class_has_a_user(detector: nn.Mod
 def test_the_detector_draws_the_random_numbers_that_mmdets_own_draws(text_dir: str) -> None:
     cfg = stock_cfg(text_dir)
     cfg.language_model.type = 'GroundingTextEncoder'
+    torch.manual_seed(0)
     stock = build_cfg(cfg).state_dict()
+    torch.manual_seed(0)
     ours = build_cfg(detector_cfg(text_dir, lora=None)).state_dict()
     assert list(stock) == list(ours)
     assert [name for name in stock if not torch.equal(stock[name], ours[name])] == []

@@ -18,8 +18,8 @@ def main() -> None:
         '--resume',
         nargs='?',
         const='auto',
-        help='go on from this checkpoint, or without a value from the latest in the work dir, where '
-        'there is one',
+        help='go on from this checkpoint, or without a value from the latest in the work dir, '
+        'where there is one',
     )
     args = arguments.parse_args()
     cfg = read_config(args.config, args.cfg_options, args.work_dir, args.launcher, args.local_rank)

@@ -73,7 +73,7 @@ def pair_blocks(counts: list[int], num_layers: int, num_queries: int) -> Iterato
     """
     ends = np.cumsum(counts).tolist()
     for image, (count, end) in enumerate(zip(counts, ends)):
-        layers = max(1, BLOCK // max(1, num_queries * count))
+        layers = max(1, BLOCK // max(1, 4 * num_queries * count))  # four coordinates each
         for start in range(0, num_layers if count else 0, layers):
             yield slice(image, image + 1), slice(end - count, end), slice(start, start + layers)
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmengine.logging import MMLogger
 from peft import LoraConfig
 from torch import nn
 
@@ -47,7 +48,8 @@ def lora_config(fields: Mapping[str, Any]) -> LoraConfig:
         fields: Of ``peft.LoraConfig``.
 
     Returns:
-        The config, with an empty list of targets where the user gave none.
+        The config, with an empty list of targets where the user gave none, and twice the rank for
+        ``lora_alpha``: PEFT's own 8 would weaken an adapter the more the higher its rank.
 
     Raises:
         ConfigError: For a key or a value that it doesn't take.
@@ -62,6 +64,12 @@ def lora_config(fields: Mapping[str, Any]) -> LoraConfig:
     if fields.get('target_modules') == 'all-linear':
         raise ConfigError("lora.target_modules='all-linear': write lora.preset='all' instead.")
     fields = {'target_modules': [], **fields}
+    rank = fields.get('r', LoraConfig().r)
+    if 'lora_alpha' not in fields and isinstance(rank, int):
+        fields['lora_alpha'] = 2 * rank
+        MMLogger.get_current_instance().info(
+            'lora.lora_alpha is not set and becomes twice the rank: %d', 2 * rank
+        )
     try:
         return LoraConfig(**fields)
     except (ValueError, TypeError, ImportError) as error:

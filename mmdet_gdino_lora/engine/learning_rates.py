@@ -1,0 +1,36 @@
+"""What a config's learning rate multipliers, written for whole towers, do to the adapters there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def multiplied_rates(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Tells which of a run's ``paramwise_cfg`` entries also change the learning rate of adapters.
+
+    mmdet's configs slow down backbone and text tower for full fine-tuning. mmengine's optimizer
+    constructor gives a parameter the longest key that its name holds
+    (``DefaultOptimWrapperConstructor``).
+
+    Args:
+        config: A run's config.
+        names: Of the trained parameters.
+
+    Returns:
+        For each such entry, a phrase with its key, its multiplier and a number of adapter weights.
+    """
+    wrapper = config.get('optim_wrapper') or {}
+    keys = (wrapper.get('paramwise_cfg') or {}).get('custom_keys') or {}
+    longest_first = sorted(sorted(keys), key=len, reverse=True)
+    counts = Counter(
+        next((key for key in longest_first if key in name), None)
+        for name in names
+        if '.lora_' in name
+    )
+    return [
+        f'{key!r} (lr_mult={keys[key]["lr_mult"]:g}) holds {count} adapter weights'
+        for key, count in counts.items()
+        if key is not None and keys[key].get('lr_mult', 1) != 1
+    ]
