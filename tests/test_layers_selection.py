@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from mmdet.models.backbones import SwinTransformer
+from mmdet.models.backbones.swin import SwinBlock
 from mmdet.models.dense_heads.grounding_dino_head import ContrastiveEmbed
 from mmdet.models.detectors import DeformableDETR, GroundingDINO
 from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention
@@ -18,6 +19,7 @@ from mmdet_gdino_lora.layers.cpu.dropout import attend
 from mmdet_gdino_lora.layers.exchange import exchange_layers
 from mmdet_gdino_lora.layers.levels import level_tensors
 from mmdet_gdino_lora.layers.proposals import select_proposals
+from mmdet_gdino_lora.layers.swin import LeanSwinBlock
 from tests.builders import build, data_samples
 
 
@@ -201,6 +203,24 @@ def backbone_gradients(backbone: nn.Module) -> tuple[dict[str, torch.Tensor], in
         out = backbone(torch.randn(1, 3, 64, 64))[0]
     out.square().sum().backward()
     return {k: p.grad for k, p in backbone.named_parameters() if p.requires_grad}, sum(kept)
+
+
+def test_swin_equals_mmdets_to_the_bit():
+    ours, stock = swin(with_cp=True), swin(with_cp=True)
+    for block in stock.modules():
+        if type(block) is LeanSwinBlock:
+            block.__class__ = SwinBlock
+    ours.eval(), stock.eval()  # these return nothing
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(ours(images)[0], stock(images)[0])
+
+
+def test_a_swin_block_behind_a_frozen_stem_is_checkpointed():
+    block = swin(with_cp=True).stages[0].blocks[0]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = block(torch.randn(1, 256, 12), (16, 16))
+    assert out.requires_grad and len(kept) <= 1
 
 
 def test_swin_checkpointing_changes_no_gradient_and_keeps_less():

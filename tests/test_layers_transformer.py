@@ -157,6 +157,43 @@ def test_checkpointing_changes_no_output_and_no_gradient(with_adapters):
         torch.testing.assert_close(results[1][1][key], gradient, rtol=1e-6, atol=1e-6)
 
 
+def kept(module: nn.Module, inputs: dict) -> dict[int, torch.Tensor]:
+    """What a forward pass keeps beside the parameters, by where it lies."""
+    kept = {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in parameters:
+            kept[place] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module(**inputs)
+    return kept
+
+
+@pytest.mark.parametrize('with_adapters', [False, True])
+def test_checkpointed_layers_keep_little_of_the_image(with_adapters):
+    inputs, counts = encoder_inputs(True), []
+    positions = inputs['query'].shape[1]
+    for num_cp in (0, 1, 2):
+        encoder = lean_encoder(num_cp)
+        if with_adapters:
+            # Of the first layers' inputs none needs a gradient then.
+            encoder = adapted(encoder)
+        counts.append(sum(positions in tensor.shape for tensor in kept(encoder, inputs).values()))
+    assert counts[0] > 1.2 * counts[1] > 1.8 * counts[2], counts
+
+
+def test_the_decoders_layers_keep_one_mask_under_autocast():
+    decoder = exchange_layers(build(GroundingDinoTransformerDecoder, SMALL_DECODER))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        tensors = kept(decoder, decoder_inputs()).values()
+    masks = [tensor for tensor in tensors if tensor.shape[-2:] == (12, 12)]
+    assert [mask.dtype for mask in masks] == [torch.bfloat16]
+
+
 def test_frozen_encoder_is_not_checkpointed(monkeypatch):
     encoder = lean_encoder(num_cp=2).requires_grad_(False)
     monkeypatch.setattr(
