@@ -257,3 +257,17 @@ def test_checkpoints_hold_the_trained_adapter_whatever_is_switched_on(
     again = build(text_dir, base_checkpoint=base)
     load_checkpoint(again, save(detector, tmp_path / 'again.pth'))
     assert same(detections(again), detections(first))
+
+
+def test_an_adapter_that_needs_a_base_nobody_can_read_again_leaves_no_trace(
+    text_dir: str, base: str, second: nn.Module, tmp_path: Path
+) -> None:
+    source = save(second, tmp_path / 'second.pth')
+    detector = build(text_dir)
+    detector.load_state_dict(torch.load(base)['state_dict'])  # from where is not known
+    before = detections(detector)
+    with pytest.raises(ConfigError, match='unknown origin'):
+        detector.load_adapter(source, 'second')
+    assert not any('.second' in name for name, _ in detector.named_parameters())
+    detector.set_adapter()
+    assert same(detections(detector), before)

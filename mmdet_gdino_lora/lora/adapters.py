@@ -47,25 +47,38 @@ def load_adapter(detector: nn.Module, source: str, name: str) -> None:
     weights, note = _read(source)
     _check_base(detector, note, source)
     weights = in_todays_count(weights, note.get('attention_output_factor'))
+    try:
+        factors = _put_in(detector, _config(note, source), name)
+        _fill(factors, {n: w for n, w in weights.items() if is_factor(n)}, source)
+        state.switch.add(name, {n: w for n, w in weights.items() if not is_factor(n)})
+        set_adapter(detector, state.switch.active)
+    except ConfigError:
+        take_out(detector, name)
+        state.switch.remove(name)
+        set_adapter(detector, state.switch.active)
+        raise
+
+
+def _put_in(detector: nn.Module, config: LoraConfig, name: str) -> dict[str, Tensor]:
+    """Puts an adapter in, frozen; returns its weights by the names that they have in files."""
     requires_grad = {base_name(n): p.requires_grad for n, p in detector.named_parameters()}
-    insert(_config(note, source), detector, name)
-    state.switch.adapters_changed()
-    parameters = dict(detector.named_parameters())
-    added = {n for n in parameters if base_name(n) not in requires_grad}
-    for parameter_name, parameter in parameters.items():
+    insert(config, detector, name)
+    lora_state(detector).switch.adapters_changed()
+    added: dict[str, Tensor] = {}
+    for parameter_name, parameter in detector.named_parameters():
         parameter.requires_grad_(requires_grad.get(base_name(parameter_name), False))
-    slots = {_without_adapter(n, name): n for n in added}
-    factors = {key: tensor for key, tensor in weights.items() if is_factor(key)}
+        if base_name(parameter_name) not in requires_grad:
+            added[_without_adapter(parameter_name, name)] = parameter
+    return added
+
+
+def _fill(slots: Mapping[str, Tensor], factors: Mapping[str, Tensor], source: str) -> None:
     for key in sorted(slots.keys() | factors.keys()):
         misfit = key not in slots or key not in factors
-        if misfit or parameters[slots[key]].shape != factors[key].shape:
-            take_out(detector, name)
-            set_adapter(detector, state.switch.active)
+        if misfit or slots[key].shape != factors[key].shape:
             raise ConfigError(f'{source}: {key} does not fit this detector; use its own config.')
-        parameters[slots[key]].data = parameters[slots[key]].data.float()  # whatever the base is
-        parameters[slots[key]].copy_(factors[key])
-    state.switch.add(name, {n: tensor for n, tensor in weights.items() if n not in factors})
-    set_adapter(detector, state.switch.active)
+        slots[key].data = slots[key].data.float()  # whatever the base is
+        slots[key].copy_(factors[key])
 
 
 def set_adapter(

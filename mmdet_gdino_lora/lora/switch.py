@@ -98,6 +98,15 @@ class Switch:
         self._values[adapter] = {n: v for n, v in values.items() if n != LABEL_EMBEDDING}
         self.adapters_changed()
 
+    def remove(self, adapter: str) -> None:
+        """An adapter has been taken out, or could not be put in.
+
+        Args:
+            adapter: Its name.
+        """
+        self._values.pop(adapter, None)
+        self.adapters_changed()
+
     def remember(self, detector: nn.Module, changed: Iterable[str]) -> None:
         """Takes down what the trained adapter changes without factors, where it is on.
 
