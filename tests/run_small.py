@@ -96,7 +96,7 @@ def config(
     scores: Sequence[float] = (),
     **model: Any,
 ) -> Config:
-    """A run of 4 iterations of 2 images (2 epochs), with a checkpoint after every second one.
+    """Describes 4 iterations of 2 images (2 epochs), with a checkpoint after every second one.
 
     Args:
         work_dir: Of the run.

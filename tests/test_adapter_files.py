@@ -115,7 +115,7 @@ def test_merged_at_zero_is_the_base_and_between_lies_between(
     base: str,
 ) -> None:
     weights = read_weights(base)
-    zero, half, one = (merged_weights(tuned, scale) for scale in (0.0, 0.5, 1.0))
+    zero, quarter, half, one = (merged_weights(tuned, scale) for scale in (0.0, 0.25, 0.5, 1.0))
     assert set(zero) == set(weights)
     assert all(torch.equal(zero[name], weights[name]) for name in weights)
     for name in (
@@ -127,6 +127,7 @@ def test_merged_at_zero_is_the_base_and_between_lies_between(
     ):
         assert not torch.equal(zero[name], one[name])
         torch.testing.assert_close(half[name], (zero[name] + one[name]) / 2)
+        torch.testing.assert_close(quarter[name], (3 * zero[name] + one[name]) / 4)
 
 
 def test_merging_does_not_depend_on_the_variant(

@@ -37,15 +37,17 @@ def go_on_from(epoch: int, whole: Path, work_dir: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ('load_from', 'options'),
-    [(False, {}), (True, dict(update_buffers=True)), (True, dict(begin_epoch=2))],
+    ('load_from', 'epochs', 'options'),
+    [(False, 2, {}), (True, 2, dict(update_buffers=True)), (True, 3, dict(begin_epoch=2))],
     ids=['base_checkpoint', 'load_from-buffers', 'load_from-begin_epoch'],
 )
 def test_the_file_holds_the_whole_average_and_a_resume_goes_on_with_it(
-    text_dir: str, base: str, tmp_path: Path, load_from: bool, options: dict[str, Any]
+    text_dir: str, base: str, tmp_path: Path, load_from: bool, epochs: int, options: dict[str, Any]
 ) -> None:
     settings = dict(
         by_epoch=True,
+        batch_size=4,
+        epochs=epochs,
         load_from=load_from,
         hooks=[dict(type='EMAHook', momentum=0.3, **options)],
     )
@@ -55,7 +57,7 @@ def test_the_file_holds_the_whole_average_and_a_resume_goes_on_with_it(
     assert not torch.equal(averaged[BOX_HEAD], read_weights(base)[BOX_HEAD])
     assert differing(averaged, raw)
 
-    content = torch.load(tmp_path / 'whole/epoch_2.pth')
+    content = torch.load(tmp_path / f'whole/epoch_{epochs}.pth')
     assert differing(content['state_dict'], averaged) == []
     kept = {n[7:]: w for n, w in content['ema_state_dict'].items() if n.startswith('module.')}
     assert differing(kept, raw) == []
@@ -74,13 +76,14 @@ def test_the_folder_holds_the_average_that_was_measured(
         text_dir,
         base,
         by_epoch=True,
-        epochs=1,
-        scores=[0.5],
+        batch_size=4,
+        epochs=2,
+        scores=[0.4, 0.5],
         hooks=[dict(type='EMAHook', momentum=0.3)],
     )
-    weights = load_file(tmp_path / 'run/epoch_1_adapter/adapter_model.safetensors')
+    weights = load_file(tmp_path / 'run/epoch_2_adapter/adapter_model.safetensors')
     averaged = average(runner).module.state_dict()
     for name in averaged:
         peft = 'base_model.model.' + name.replace('.default', '')
         assert torch.equal(weights[peft], averaged[name]), name
-    assert '| acc | 0.5 |' in (tmp_path / 'run/epoch_1_adapter/README.md').read_text()
+    assert '| acc | 0.5 |' in (tmp_path / 'run/epoch_2_adapter/README.md').read_text()

@@ -69,7 +69,7 @@ def add_cfg_options(arguments: argparse.ArgumentParser) -> None:
 
 
 def load_tuned(config: str, adapter: str, options: dict | None = None) -> tuple:
-    """The detector of a config with a run's checkpoint loaded, on the CPU.
+    """Builds the detector of a config and loads a run's checkpoint, on the CPU.
 
     Args:
         config: Config file.

@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def plain_runner(config: str, work_dir: str, options: dict | None = None):
-    """A runner that tests a detector without adapters and without a base of its own.
+    """Builds a runner that tests a detector without adapters and without a base of its own.
 
     Args:
         config: Config file; its model and its test set are used.
@@ -106,7 +106,7 @@ def measure(runner, weights: dict, metric: str | None) -> float:
 
 
 def table(rows: list[dict]) -> str:
-    """The measurements as text.
+    """Writes the measurements as text.
 
     Args:
         rows: ``scale`` and a number for each side.

@@ -43,7 +43,7 @@ class AdapterCheckpointHook(CheckpointHook):
         self._exported = _Exported()
 
     def before_train(self, runner: Any) -> None:
-        """As mmengine's.
+        """Does as mmengine's, with files that are whole or not there.
 
         Args:
             runner: mmengine's runner.
@@ -62,7 +62,7 @@ class AdapterCheckpointHook(CheckpointHook):
         self._weights = checkpoint['state_dict']
 
     def after_val_epoch(self, runner: Any, metrics: dict) -> None:
-        """As mmengine's; the metrics go into the model cards of the weights that were measured.
+        """Does as mmengine's, and tells the metrics in the cards of the weights that were measured.
 
         Args:
             runner: mmengine's runner.
@@ -127,7 +127,7 @@ class AdapterCheckpointHook(CheckpointHook):
                 self._retire(path)
 
     def _best(self) -> dict[str, Optional[str]]:
-        """The best checkpoint by each of the metrics that choose one."""
+        """Lists the best checkpoint by each of the metrics that choose one."""
         if len(self.key_indicators) == 1:
             return {'': self.best_ckpt_path}
         return dict(self.best_ckpt_path_dict)

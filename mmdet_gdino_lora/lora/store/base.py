@@ -53,7 +53,7 @@ def load_base(detector: nn.Module, source: str) -> Base:
 
 
 def base_weights(detector: nn.Module, source: str) -> dict[str, Tensor]:
-    """A base's weights under mmdet's names, whichever release they are from.
+    """Reads a base's weights under mmdet's names, whichever release they are from.
 
     Args:
         detector: The detector that will take them, injected or not.
@@ -69,7 +69,7 @@ def base_weights(detector: nn.Module, source: str) -> dict[str, Tensor]:
 
 
 def base_of(detector: nn.Module) -> dict[str, Tensor]:
-    """The weights of the base that a detector stands on, read again from its file.
+    """Reads the weights of the base that a detector stands on from its file again.
 
     Args:
         detector: The detector, injected or not.
@@ -90,7 +90,7 @@ def base_of(detector: nn.Module) -> dict[str, Tensor]:
 
 
 def base_location(base: Base) -> str:
-    """Where a base lies now, for a process that may run in another folder than the one before.
+    """Finds where a base lies now, for a process that may run in another folder than the last.
 
     Args:
         base: As recorded.
@@ -107,7 +107,7 @@ def unrounded(
     tensors: Mapping[str, Tensor],
     base: Optional[Mapping[str, Tensor]] = None,
 ) -> dict[str, Tensor]:
-    """A detector's tensors in float32, whatever ``base_dtype`` it keeps the frozen ones in.
+    """Gives a detector's tensors in float32, whatever ``base_dtype`` it keeps the frozen ones in.
 
     Args:
         detector: The detector that they are from, injected or not.
@@ -138,7 +138,7 @@ def unrounded(
 
 
 def in_mmdet_names(detector: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of any known release under mmdet's names.
+    """Brings weights of any known release under mmdet's names.
 
     Args:
         detector: The detector that will take them, injected or not.
@@ -224,7 +224,7 @@ def _some(names: Sequence[str], count: int = 3) -> str:
 
 
 def fingerprint(tensors: Mapping[str, Tensor], absent: Sequence[str] = ()) -> dict[str, str]:
-    """Digests of weights, one for each top-level module.
+    """Computes digests of weights, one for each top-level module.
 
     Args:
         tensors: By plain name.
@@ -252,7 +252,7 @@ def fingerprint(tensors: Mapping[str, Tensor], absent: Sequence[str] = ()) -> di
 
 
 def fetch(source: str) -> str:
-    """A local path for a path or URL.
+    """Finds a local path for a path or URL.
 
     Args:
         source: As the user gave it. URLs are kept where torch hub keeps its downloads; on several
@@ -294,7 +294,7 @@ def fetch(source: str) -> str:
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
-    """Tensors of a checkpoint, without running anything that the file may hold.
+    """Reads the tensors of a checkpoint, without running anything that the file may hold.
 
     Args:
         path: ``.safetensors``, or a file of ``torch.save`` with the weights at the top level or
@@ -325,7 +325,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
 
 
 def read_file(path: str) -> dict[str, Any]:
-    """What a checkpoint file holds, read safely.
+    """Reads what a checkpoint file holds, safely.
 
     Args:
         path: ``.safetensors`` or a file of ``torch.save``.

@@ -62,7 +62,7 @@ def install_hooks(detector: nn.Module, *, full_checkpoint: bool = False) -> None
 
 
 def record(detector: nn.Module) -> dict[str, Any]:
-    """What has to be known to use a checkpoint: adapter config, base, meaning of the numbers.
+    """Takes down what has to be known to use a checkpoint: adapter config, base, factors.
 
     Args:
         detector: An injected detector.
@@ -110,7 +110,7 @@ def _keep_what_differs(
 
 
 def _base_is_elsewhere(state: LoraState) -> bool:
-    """Whether the base can be read again, so that it need not be saved."""
+    """Tells whether the base can be read again, so that it need not be saved."""
     if state.awaits_weights:
         # mmengine's AveragedModel asks for the names that it will average before load_from has
         # brought the base, and they have to be those that the detector saves afterwards.
@@ -228,7 +228,7 @@ def _check_adapter(
 
 
 def _take_base_on_trust(state: LoraState) -> None:
-    """For an adapter without a record of its base, as is left of a state dict's plain tensors."""
+    """Puts an adapter whose record was lost, as in a dict of plain tensors, on what is there."""
     if state.base is None:
         raise ConfigError(
             'the checkpoint holds an adapter without a record of the base that it was trained on, '

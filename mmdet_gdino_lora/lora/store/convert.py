@@ -137,7 +137,7 @@ _UNUSED = re.compile(
 
 
 def release_of(names: Iterable[str]) -> Optional[str]:
-    """Which release a file's names belong to.
+    """Tells which release a file's names belong to.
 
     Args:
         names: Of the weights.
@@ -156,7 +156,7 @@ def release_of(names: Iterable[str]) -> Optional[str]:
 def to_mmdet(
     weights: Mapping[str, Tensor], release: str, model_tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Weights of another release under mmdet's names and in mmdet's layout.
+    """Brings weights of another release under mmdet's names and into mmdet's layout.
 
     Args:
         weights: As read from the file.
@@ -185,7 +185,7 @@ def to_mmdet(
 
 
 def from_mmdet(weights: Mapping[str, Tensor], release: str) -> dict[str, Tensor]:
-    """The way back of :func:`to_mmdet`.
+    """Goes the way back of :func:`to_mmdet`.
 
     Args:
         weights: By mmdet's plain names.
@@ -238,7 +238,7 @@ def check_scores(detector: nn.Module, weights: Mapping[str, Tensor], release: st
 
 
 def _sources(name: str, release: str, names: Iterable[str]) -> list[list[str]]:
-    """Where a weight may lie in the release's file: alternatives, each of one or three names."""
+    """Lists where a weight may lie in the release: alternatives, each of one or three names."""
     translated = _positions(name, release, names)
     for pattern, replacement in _TABLES[release]:
         translated, count = re.subn(pattern, replacement, translated)

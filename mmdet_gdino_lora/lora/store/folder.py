@@ -109,7 +109,7 @@ def write_card(
 def _peft_weights(
     detector: nn.Module, saved: Sequence[str], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The adapter's weights and those of the modules that it replaces, under PEFT's names."""
+    """Collects weights of the adapter and of modules that it replaces, under PEFT's names."""
     weights = get_peft_model_state_dict(detector, state_dict=dict(tensors))
     within = tuple(f'{name}.' for name in saved)
     # Modules are replaced whole, with what is frozen in them.
@@ -129,7 +129,7 @@ def _write_text(path: str, text: str) -> None:
 
 
 def _saved_modules(detector: nn.Module) -> list[str]:
-    """Modules whose weights the adapter replaces whole."""
+    """Lists the modules whose weights the adapter replaces whole."""
     layers = adapter_layers(detector)
     changed = lora_state(detector).names_to_save(detector)
     saved: dict[str, None] = {}

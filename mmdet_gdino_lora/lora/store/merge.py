@@ -26,7 +26,7 @@ from mmdet_gdino_lora.peft_layers.layers import adapter_layers
 def merged_weights(
     detector: nn.Module, scale: float = 1.0, base: Optional[Mapping[str, Tensor]] = None
 ) -> dict[str, Tensor]:
-    """Weights of a plain detector that detects as the tuned one does.
+    """Makes weights of a plain detector that detects as the tuned one does.
 
     Between 0 and 1 every weight, also those trained without adapters, lies on the line from the
     base to the tuned model, which trades the new task against what the model knew (WiSE-FT,
@@ -64,7 +64,7 @@ def merged_weights(
 
 
 def _merged_layer(name: str, layer: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An adapted layer's weights with the active adapters added, by plain name, in float32.
+    """Adds a layer's active adapters to its weights in float32.
 
     In the base's half precision most of an adapter is lost: bfloat16 keeps 8 bits of the sum, and
     adapters are small beside what they are added to.
