@@ -142,3 +142,14 @@ def test_the_architecture_page_names_files_that_exist() -> None:
         for name in sorted(named)
         if not ((ROOT / name).exists() or (ROOT / PACKAGE / name).exists())
     ] == []
+
+
+def test_planted_mistakes_are_still_about_this_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    from mutate import misplaced
+    from mutations import MUTATIONS
+
+    assert len(MUTATIONS) >= 40
+    assert [message for m in MUTATIONS if (message := misplaced(m, ROOT))] == []
+    tests = {test for mutation in MUTATIONS for test in mutation.tests}
+    assert [test for test in sorted(tests) if not (ROOT / test).is_file()] == []
