@@ -7,12 +7,15 @@ import os
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 from mmdet.utils import register_all_modules
 from mmengine.logging import MessageHub
+from transformers.models.grounding_dino import modeling_grounding_dino
+from transformers.models.mm_grounding_dino import modeling_mm_grounding_dino
 
 import mmdet_gdino_lora  # noqa: F401
 from tests.builders import THREADS, build, tiny_text_model, write_base
@@ -76,3 +79,12 @@ def _no_run() -> Iterator[None]:
 def things(text_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Things:
     """The README's run on own data, trained once."""
     return Things(tmp_path_factory.mktemp('things'), text_dir)
+
+
+@pytest.fixture
+def special_tokens(text_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets transformers' code, which knows bert-base-uncased alone, see the tiny vocabulary."""
+    vocab = Path(text_dir, 'vocab.txt').read_text().split('\n')
+    tokens = [vocab.index(token) for token in ('[CLS]', '[SEP]', '.', '?')]
+    for modeling in (modeling_grounding_dino, modeling_mm_grounding_dino):
+        monkeypatch.setattr(modeling, 'SPECIAL_TOKENS', tokens)

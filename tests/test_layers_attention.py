@@ -13,6 +13,7 @@ from torch import nn
 
 from mmdet_gdino_lora.layers.attention import LeanMultiheadAttention
 from mmdet_gdino_lora.layers.exchange import exchange_layers
+from tests.adapted_layers import gradients, with_adapters
 
 
 def attention_pair(**kwargs) -> tuple[nn.Module, nn.Module]:
@@ -22,25 +23,6 @@ def attention_pair(**kwargs) -> tuple[nn.Module, nn.Module]:
     nn.init.normal_(stock.attn.in_proj_bias)
     nn.init.normal_(stock.attn.out_proj.bias)
     return stock, exchange_layers(copy.deepcopy(stock))
-
-
-def with_adapters(module: nn.Module, targets: list[str], names=('default',), **fields) -> nn.Module:
-    """The module with adapters that do something."""
-    torch.manual_seed(1)
-    for name in names:
-        config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, **fields)
-        inject_adapter_in_model(config, module, adapter_name=name)
-    for key, parameter in sorted(module.named_parameters()):
-        if 'lora_' in key:
-            nn.init.normal_(parameter, std=0.1)
-    return module
-
-
-def gradients(module: nn.Module, out: torch.Tensor) -> dict[str, torch.Tensor]:
-    module.zero_grad()
-    torch.manual_seed(2)
-    (out * torch.randn_like(out)).sum().backward()
-    return {k: p.grad for k, p in module.named_parameters() if p.grad is not None}
 
 
 def masks(batch: int, queries: int, keys: int) -> dict[str, dict]:

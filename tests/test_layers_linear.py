@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmdet_gdino_lora.layers.exchange import exchange_layers
 from mmdet_gdino_lora.layers.linear import LeanLoraLinear
 from mmdet_gdino_lora.layers.precision import cast_frozen
-from tests.test_layers_attention import gradients, with_adapters
+from tests.adapted_layers import gradients, with_adapters
 
 WIDTH, HIDDEN, RANK, ROWS = 64, 256, 4, 500
 

@@ -120,7 +120,9 @@ def test_merging_tells_a_mistake(
     assert end.value.code == 2 and told in capsys.readouterr().err
 
 
-def test_merged_for_transformers_transformers_loads_it(things: Things, tmp_path: Path) -> None:
+def test_merged_for_transformers_transformers_loads_it(
+    things: Things, special_tokens: None, tmp_path: Path
+) -> None:
     things.run(
         f'python tools/merge_adapter.py my_things.py CHECKPOINT {tmp_path}/hf --format transformers'
     )
