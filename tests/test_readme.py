@@ -17,6 +17,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.fileio import load
 
 from mmdet_gdino_lora import GroundingDINOCriterion
+from mmdet_gdino_lora.lora import lora_state
 from mmdet_gdino_lora.text import token_labels
 from tests.builders import build
 from tests.detectors import train
@@ -133,7 +134,8 @@ def as_written(code: str) -> dict:
 def two_lines(code: str, text_dir: str, base: str, tmp_path: Path) -> None:
     defined = as_written(code)
     assert defined['custom_imports']['imports'] == ['mmdet_gdino_lora']
-    assert build(text_dir, base_checkpoint=base, **defined['model']).lora is not None
+    detector = build(text_dir, base_checkpoint=base, **defined['model'])
+    assert lora_state(detector).config.r == defined['model']['lora']['r'] == 16
 
 
 def own_data(code: str, text_dir: str, base: str, tmp_path: Path) -> None:
