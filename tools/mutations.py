@@ -1,0 +1,166 @@
+"""The mistakes that tools/mutate.py plants: what a change could get wrong, room by room."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+PACKAGE = 'mmdet_gdino_lora'
+
+
+class Mutation(NamedTuple):
+    """One mistake.
+
+    Attributes:
+        room: objective, adapters, store, retain or text.
+        file: That it is planted in, from the checkout's root.
+        what: The mistake in words.
+        old: Code that stands exactly once in the file.
+        new: What stands there instead.
+        tests: Test files, of which at least one must fail.
+        equivalent: Why no test can tell, where none can.
+    """
+
+    room: str
+    file: str
+    what: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    equivalent: Optional[str] = None
+
+
+def _of(room: str, file: str, what: str, old: str, new: str, *tests: str) -> Mutation:
+    return Mutation(
+        room, f'{PACKAGE}/{file}', what, old, new, tuple(f'tests/{t}.py' for t in tests)
+    )
+
+
+OBJECTIVE = [
+    _of('objective', 'objective/focal.py', 'the background has the weight of the span',
+        'weight = p.pow(gamma).mul_(1 - alpha)', 'weight = p.pow(gamma).mul_(alpha)',
+        'test_criterion'),
+    _of('objective', 'objective/focal.py', 'gradient of the span without its focal factor',
+        'return torch.where(finite, -alpha * q**gamma * (gamma * p * softplus(-x) + q), 0)',
+        'return torch.where(finite, -alpha * q**gamma * q, 0)',
+        'test_criterion'),
+    _of('objective', 'objective/boxes.py', 'GIoU of boxes inside one another',
+        'offset = torch.maximum(apart[:2], apart[2:] / 2)', 'offset = apart[:2]',
+        'test_matching', 'test_criterion'),
+    _of('objective', 'objective/matches.py', 'denoising negatives get targets',
+        '(group.num_queries // group.dn_groups)', '(group.num_queries // group.dn_groups // 2)',
+        'test_criterion'),
+    _of('objective', 'objective/criterion.py', 'denoising groups count the boxes once',
+        'counts = [num_boxes * max(1, group.dn_groups) for', 'counts = [num_boxes for',
+        'test_criterion'),
+    _of('objective', 'objective/criterion.py', 'ranks divide by the sum of their boxes',
+        'counts = counts / torch.distributed.get_world_size()', 'pass',
+        'test_criterion', 'test_distributed'),
+    _of('objective', 'objective/criterion.py', 'the gradient ignores background_weight',
+        'grad.mul_(weight[..., None])', 'pass', 'test_criterion'),
+    _of('objective', 'objective/groups.py', 'the encoder is matched by tokens beside objectness',
+        'valid = logits.detach()[..., : mask.shape[1]].masked_fill(~mask[:, None], -torch.inf)',
+        'valid = logits.detach()[..., : mask.shape[1]]',
+        'test_criterion'),
+    _of('objective', 'objective/targets.py', 'rows to ignore count as boxes',
+        'self.kept = [image[labels[image] >= 0] for image in numbers]', 'self.kept = numbers',
+        'test_criterion'),
+    _of('objective', 'objective/costs.py', 'the cost of a span is a sum over its tokens',
+        'weights /= weights.count_nonzero(1).clamp_(min=1)[:, None]', 'pass', 'test_matching'),
+]  # fmt: skip
+
+ADAPTERS = [
+    _of('adapters', 'detector.py', 'init_weights runs Xavier over the adapters',
+        'value.copy_(adapters[name])', 'value.copy_(value)', 'test_lora_state'),
+    _of('adapters', 'peft_layers/attention.py', "PEFT's factor is never applied, reading",
+        'out_adapters = [a._replace(scaling=a.scaling * factor) for a in out_adapters]',
+        'out_adapters = list(out_adapters)', 'test_lora_inject', 'test_layers_attention'),
+    _of('adapters', 'peft_layers/attention.py', "PEFT's factor is never applied, merging",
+        'delta = out_adapter.get_delta_weight(adapter) * peft_out_proj_factor()',
+        'delta = out_adapter.get_delta_weight(adapter)', 'test_adapter_files'),
+    _of('adapters', 'lora/inject/freezing.py', 'frozen parts train: dropout, moving averages',
+        'child.eval()', 'child.train(child.training)', 'test_lora_inject', 'test_detector'),
+    _of('adapters', 'lora/inject/freezing.py', 'a random label embedding stays frozen',
+        'absent = name == LABEL_EMBEDDING and (base is None or LABEL_EMBEDDING in base.absent)',
+        'absent = False', 'test_lora_base', 'test_lora_inject'),
+    _of('adapters', 'lora/inject/presets.py', 'adapters behind the last stage that is used',
+        'yield from (f\'backbone.stages.{i}.\' for i in range(last + 1, len(backbone.stages)))',
+        'yield from ()', 'test_lora_inject'),
+    _of('adapters', 'lora/inject/gradients.py', 'parameters without gradient are not told',
+        'if dead:', 'if False:', 'test_adapter_files'),
+    _of('adapters', 'lora/switch.py', 'weights of a combination do not reach the adapters',
+        'entry.layer.scaling[name] = entry.scalings[name] * weight',
+        'entry.layer.scaling[name] = entry.scalings[name]', 'test_adapters_together'),
+    _of('adapters', 'lora/switch.py', 'the base keeps the tuned values of what is freed',
+        'new = {n: c[0][1] for n, c in changes.items() if len(c) == 1 and c[0][0] == 1}',
+        'new = {n: c[0][1] for n, c in changes.items() if c} or dict(now)',
+        'test_adapters_together'),
+    _of('adapters', 'lora/adapters.py', 'an adapter of another base is taken',
+        '    _check_base(detector, note, source)\n', '', 'test_adapters_together'),
+]  # fmt: skip
+
+STORE = [
+    _of('store', 'lora/store/merge.py', 'scales go from the tuned model to the base',
+        'torch.lerp(base.float(), tuned.float(), scale)',
+        'torch.lerp(tuned.float(), base.float(), scale)', 'test_adapter_files', 'test_tools'),
+    _of('store', 'lora/store/base.py', 'deltas are added to a rounded base',
+        'exact = {**tensors, **{name: base[name] for name in rounded if name in base}}',
+        'exact = dict(tensors)', 'test_store_precision'),
+    _of('store', 'lora/store/base.py', 'what the base did not bring is forgotten',
+        'return Base(source, fingerprint(tensors, absent), frozenset(absent), path)',
+        'return Base(source, fingerprint(tensors, absent), frozenset(), path)',
+        'test_lora_base', 'test_lora_checkpoint'),
+    _of('store', 'lora/store/checkpoint.py', 'another base is not noticed',
+        'if differing:\n', 'if False:\n', 'test_lora_checkpoint', 'test_adapters_together'),
+    _of('store', 'lora/store/checkpoint.py', 'an adapter of another rank or scaling is taken',
+        'if key in theirs and theirs[key] != ours[key]:', 'if False:', 'test_lora_checkpoint'),
+    _of('store', 'lora/store/checkpoint.py', 'checkpoints hold the base',
+        'kept = {prefix + name for name in state.names_to_save(detector)}',
+        'kept = set(state_dict)', 'test_lora_checkpoint'),
+    _of('store', 'engine/checkpoint_hook.py', "the folder's adapter is not the file's average",
+        "self._weights = checkpoint['state_dict']", 'self._weights = None', 'test_store_average'),
+    _of('store', 'lora/store/folder.py', 'the label embedding goes to PEFT',
+        'if plain == LABEL_EMBEDDING:\n            continue\n', '', 'test_adapter_files'),
+]  # fmt: skip
+
+RETAIN = [
+    _of('retain', 'retain.py', 'the adapted decoder picks its own queries',
+        'positions=None if teacher is None else teacher.positions', 'positions=None',
+        'test_retain'),
+    _of('retain', 'retain.py', 'the adapted decoder starts from its own boxes',
+        'proposals.boxes.detach().sigmoid() if teacher is None else teacher.references',
+        'proposals.boxes.detach().sigmoid()', 'test_retain'),
+    _of('retain', 'retain.py', 'the teacher is the adapted model',
+        'with torch.no_grad(), evaluating(detector), base_only(detector):',
+        'with torch.no_grad(), evaluating(detector):', 'test_retain'),
+    _of('retain', 'retain.py', 'every iteration asks the teacher',
+        'return iteration % self.every == 0', 'return True', 'test_retain'),
+    _of('retain', 'retain.py', 'boxes that the base does not believe in count',
+        'score = (score / total).flatten()', 'score = torch.full_like(score, 0.2).flatten()',
+        'test_retain'),
+]  # fmt: skip
+
+TEXT = [
+    _of('text', 'prediction.py', 'validation boxes are never resized',
+        'if annotations_follow_resize(runner_config()):', 'if False:',
+        'test_prediction', 'test_runner_config'),
+    _of('text', 'text/tokenizer.py', 'a token that only touches a span belongs to it',
+        'if any(begin < last and end > first for first, last in spans)',
+        'if any(begin <= last and end >= first for first, last in spans)',
+        'test_text_tokens', 'test_token_spans'),
+    _of('text', 'text/tokenizer.py', 'spans are counted without [CLS]',
+        'label: tuple([1 + token for token in _overlapping(offsets, phrase)])',
+        'label: tuple([token for token in _overlapping(offsets, phrase)])', 'test_token_spans'),
+    _of('text', 'text/tokens.py', 'a special token begins the next segment',
+        'starts[1:] = is_special[:-1]', 'starts[1:] = is_special[1:]', 'test_text_tokens'),
+    _of('text', 'text/encoder.py', 'padding is attended to',
+        'mask = mask.masked_fill(positions >= lengths[:, None], torch.finfo(hidden.dtype).min)',
+        'mask = mask.masked_fill(positions < 0, 0)', 'test_text_encoder'),
+    _of('text', 'text/encoder.py', 'features outlive a change of the weights',
+        'if version != self._cached_version:', 'if self._cached_version is None:',
+        'test_text_encoder'),
+    _of('text', 'datasets/token_spans.py', 'negatives fill the place of the positives',
+        'max_name_tokens - vocabulary.lengths[positives].sum()', 'max_name_tokens',
+        'test_token_spans'),
+]  # fmt: skip
+
+MUTATIONS = [*OBJECTIVE, *ADAPTERS, *STORE, *RETAIN, *TEXT]
