@@ -123,7 +123,7 @@ class LeanGroundingDINO(GroundingDINO):
         """
         encoder_inputs, decoder_inputs = prepared
         encoded = self.forward_encoder(**encoder_inputs, text_dict=text_dict)
-        selected, head_inputs = self.pre_decoder(batch_data_samples, **encoded)
+        selected, head_inputs = self.pre_decoder(batch_data_samples=batch_data_samples, **encoded)
         return {**head_inputs, **self.forward_decoder(**decoder_inputs, **selected)}
 
     def select_proposals(

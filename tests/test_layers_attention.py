@@ -145,6 +145,13 @@ def test_adapter_dropout_acts_in_training_only():
     assert not torch.equal(ours.train()(x), ours(x))
 
 
+def test_attention_weights_are_dropped_in_training_only():
+    _, ours = attention_pair(attn_drop=0.5)
+    x = torch.randn(2, 7, 32)
+    assert torch.equal(ours.eval()(x), ours(x))
+    assert not torch.equal(ours.train()(x), ours(x))
+
+
 def test_half_precision_keeps_small_adapters():
     _, ours = attention_pair()
     x = torch.randn(2, 7, 32)
