@@ -341,3 +341,14 @@ def test_an_error_inside_is_not_taken_for_an_unknown_key(
     monkeypatch.setattr(CaptionTokenizer, 'lengths', broken)
     with pytest.raises(TypeError, match='broken vocabulary'):
         build(text_dir, base_checkpoint=base, retain=RETAIN)
+
+
+def test_the_bases_casts_are_forgotten_with_the_base(text_dir: str, base: str) -> None:
+    detector = build(text_dir, base_checkpoint=base)
+    branch, x = detector.bbox_head.reg_branches[0], torch.randn(3, 256)
+    with torch.no_grad():
+        branch[0].weight.mul_(1.25)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        with torch.no_grad(), base_only(detector):
+            of_base = branch(x)
+        assert not torch.equal(branch(x), of_base)
