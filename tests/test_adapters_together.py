@@ -271,3 +271,16 @@ def test_an_adapter_that_needs_a_base_nobody_can_read_again_leaves_no_trace(
     assert not any('.second' in name for name, _ in detector.named_parameters())
     detector.set_adapter()
     assert same(detections(detector), before)
+
+
+def test_what_the_initialisation_rewrote_is_the_bases_again_when_switched_off(
+    text_dir: str, base: str
+) -> None:
+    lora = dict(preset='decoder', r=2, init_lora_weights='pissa', exclude_modules=['attn'])
+    detector = build(text_dir, base_checkpoint=base, lora=lora)
+    weight = 'decoder.layers.0.ffn.layers.1.weight'
+    expected = torch.load(base)['state_dict'][weight]
+    assert not torch.equal(plain_tensors(detector)[weight], expected)
+    with base_only(detector):
+        assert torch.equal(plain_tensors(detector)[weight], expected)
+    assert f'{weight[:-6]}base_layer.weight' in detector.state_dict()

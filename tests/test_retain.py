@@ -152,6 +152,9 @@ def test_the_objective_is_untouched_in_mixed_precision_as_well(
     losses = []
     for retained_names in (None, RETAIN):
         detector = detector_that_forgot(text_dir, base, forgetful, retain=retained_names)
+        with torch.no_grad():
+            for parameter in detector.bbox_head.reg_branches.parameters():
+                parameter.mul_(1.25)  # further than bfloat16 rounds
         with torch.autocast('cpu', dtype=torch.bfloat16):
             losses.append(step(detector))
     plain, retaining = losses
@@ -338,3 +341,14 @@ def test_an_error_inside_is_not_taken_for_an_unknown_key(
     monkeypatch.setattr(CaptionTokenizer, 'lengths', broken)
     with pytest.raises(TypeError, match='broken vocabulary'):
         build(text_dir, base_checkpoint=base, retain=RETAIN)
+
+
+def test_the_bases_casts_are_forgotten_with_the_base(text_dir: str, base: str) -> None:
+    detector = build(text_dir, base_checkpoint=base)
+    branch, x = detector.bbox_head.reg_branches[0], torch.randn(3, 256)
+    with torch.no_grad():
+        branch[0].weight.mul_(1.25)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        with torch.no_grad(), base_only(detector):
+            of_base = branch(x)
+        assert not torch.equal(branch(x), of_base)
