@@ -52,6 +52,9 @@ def captions_of(
     Raises:
         ConfigError: A sampled caption, which lacks classes; or no classes.
     """
+    given = sample.get('caption_tokens')
+    if isinstance(given, tuple) and not chunk_size:
+        return given
     caption = _written_caption(sample, tokenizer)
     if caption is None:
         return tokenizer.in_chunks(*_classes(sample), chunk_size=chunk_size)

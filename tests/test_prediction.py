@@ -7,7 +7,7 @@ import torch
 from mmengine.structures import InstanceData
 from torch import nn
 
-from mmdet_gdino_lora import TokenSpans
+from mmdet_gdino_lora import TokenSpans, prediction
 from mmdet_gdino_lora.errors import ConfigError
 from tests.builders import WORDS, build, data_samples
 
@@ -152,9 +152,8 @@ def test_validation_of_many_classes_gives_detections_and_says_that_it_gives_no_l
     detector: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = []
-    monkeypatch.setattr(
-        'mmdet_gdino_lora.prediction.print_log', lambda message, **_: told.append(message)
-    )
+    prediction._say_once.cache_clear()
+    monkeypatch.setattr(prediction, 'print_log', lambda message, **_: told.append(message))
     for _ in range(2):
         results = detector.val_step(
             dict(inputs=list(IMAGES), data_samples=data_samples(MANY, [2, 1]))
