@@ -52,18 +52,19 @@ def captions_of(
     Raises:
         ConfigError: A sampled caption, which lacks classes; or no classes.
     """
+    given = sample.get('caption_tokens')
+    if isinstance(given, tuple) and not chunk_size:
+        return given
     caption = _written_caption(sample, tokenizer)
-    if caption is None:
+    if caption is None or (chunk_size and caption.made_of is not None and not caption.sampled):
         return tokenizer.in_chunks(*_classes(sample), chunk_size=chunk_size)
-    if caption.made_of is None:
-        return (caption,)
-    if not isinstance(caption.made_of, tuple):
+    if caption.sampled:
         raise ConfigError(
             'TokenSpans.num_negatives is set in the test pipeline, so that captions lack classes, '
             'which then could not be detected; remove it there: classes that take more than one '
             'caption are shown in several'
         )
-    return tokenizer.in_chunks(caption.made_of, chunk_size=chunk_size) if chunk_size else (caption,)
+    return (caption,)
 
 
 def _written_caption(sample: Any, tokenizer: CaptionTokenizer) -> Optional[TokenizedCaption]:
@@ -76,9 +77,10 @@ def _written_caption(sample: Any, tokenizer: CaptionTokenizer) -> Optional[Token
 
 def _classes(sample: Any) -> tuple[Sequence[ClassName], Optional[Sequence[int]]]:
     """Returns class names, and their labels where these are not 0, 1, 2, ..."""
-    chunks = sample.get('caption_tokens')
-    if chunks:
-        made_of = {label: name for chunk in chunks for label, name in chunk.made_of.items()}
+    given = sample.get('caption_tokens')
+    if given is not None:
+        captions = given if isinstance(given, tuple) else (given,)
+        made_of = {label: c.made_of[label] for c in captions for label in c.labels}
         names, labels = list(made_of.values()), list(made_of)
     else:
         names, labels = sample.text, None

@@ -7,7 +7,7 @@ import torch
 from mmengine.structures import InstanceData
 from torch import nn
 
-from mmdet_gdino_lora import TokenSpans
+from mmdet_gdino_lora import TokenSpans, prediction
 from mmdet_gdino_lora.errors import ConfigError
 from tests.builders import WORDS, build, data_samples
 
@@ -142,19 +142,28 @@ def test_labels_of_a_label_map_are_kept(detector: nn.Module, text_dir: str) -> N
         assert torch.equal(found.labels, 2 * expected.labels)
         assert found.label_names == expected.label_names
         assert torch.equal(found.scores, expected.scores)
-    few = {'7': 'cat', '3': 'hot dog'}
-    found, same = predicted(detector, few)[0], predicted(detector, ['cat', 'hot dog'])[0]
-    assert torch.equal(found.labels, torch.tensor([7, 3])[same.labels])
-    assert found.label_names == same.label_names
+
+
+@pytest.mark.parametrize('prepared', [True, False], ids=['TokenSpans', 'names alone'])
+def test_labels_of_a_label_map_that_fits_are_kept(chunked, text_dir: str, prepared: bool) -> None:
+    label_map = {'7': 'cat', '3': 'hot dog', '5': 'car'}
+    labels = torch.tensor([7, 3, 5])
+    transform = TokenSpans(text_dir) if prepared else None
+    for size in (0, 2):
+        detector = chunked(chunked_size=size)
+        found = predicted(detector, label_map, transform=transform)[0]
+        same = predicted(detector, list(label_map.values()))[0]
+        assert torch.equal(found.labels, labels[same.labels])
+        assert found.label_names == same.label_names
+        assert torch.equal(found.scores, same.scores)
 
 
 def test_validation_of_many_classes_gives_detections_and_says_that_it_gives_no_losses(
     detector: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = []
-    monkeypatch.setattr(
-        'mmdet_gdino_lora.prediction.print_log', lambda message, **_: told.append(message)
-    )
+    prediction._say_once.cache_clear()
+    monkeypatch.setattr(prediction, 'print_log', lambda message, **_: told.append(message))
     for _ in range(2):
         results = detector.val_step(
             dict(inputs=list(IMAGES), data_samples=data_samples(MANY, [2, 1]))

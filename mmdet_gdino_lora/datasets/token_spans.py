@@ -182,6 +182,7 @@ class TokenSpans(BaseTransform):
         return self.caption_tokenizer.join(
             [vocabulary.names[place] for place in chosen.tolist()],
             vocabulary.labels[chosen].tolist(),
+            sampled=True,
         )
 
     def __repr__(self) -> str:

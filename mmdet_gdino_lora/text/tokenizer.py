@@ -179,13 +179,17 @@ class CaptionTokenizer:
         return caption
 
     def join(
-        self, names: Sequence[ClassName], labels: Optional[Sequence[int]] = None
+        self,
+        names: Sequence[ClassName],
+        labels: Optional[Sequence[int]] = None,
+        sampled: bool = False,
     ) -> TokenizedCaption:
         """Does what :meth:`from_names` does, but doesn't remember the caption.
 
         Args:
             names: Class names or prompts.
             labels: Their labels.
+            sampled: Whether they are a part of the classes, to train from.
 
         Returns:
             The caption.
@@ -216,7 +220,7 @@ class CaptionTokenizer:
         ]
         class_names = [piece.prompt.class_name for piece in pieces]
         return self._caption(
-            caption.text[:-1], ids, class_names, caption.spans, token_spans, labels, names
+            caption.text[:-1], ids, class_names, caption.spans, token_spans, labels, names, sampled
         )
 
     def in_chunks(
@@ -298,6 +302,7 @@ class CaptionTokenizer:
         token_spans: Iterable[tuple[int, ...]],
         labels: Optional[Sequence[int]],
         made_of: Optional[Sequence[ClassName]] = None,
+        sampled: bool = False,
     ) -> TokenizedCaption:
         input_ids = np.array(ids, dtype=np.int32)
         segment_ids, position_ids = segments(self._is_special[input_ids])
@@ -310,7 +315,7 @@ class CaptionTokenizer:
             values = (names, token_spans, map(CharSpans, spans))
             per_class = [dict(zip(labels, value)) for value in values]
             per_class.append(None if made_of is None else dict(zip(labels, made_of)))
-        return TokenizedCaption(text, input_ids, segment_ids, position_ids, *per_class)
+        return TokenizedCaption(text, input_ids, segment_ids, position_ids, *per_class, sampled)
 
     def _piece(self, name: ClassName) -> _Piece:
         piece = self._pieces.get(name)

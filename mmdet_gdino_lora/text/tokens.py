@@ -43,6 +43,7 @@ class TokenizedCaption:
         tokens_positive: Per class, its character spans [[begin, end], ...]: mmdet's format.
         made_of: Per class, the name or prompt that the caption was made of; None for a caption that
             somebody wrote.
+        sampled: Whether classes were left out, so that it is for training alone.
 
     What is said per class is a tuple over all classes (``tokens_positive``: a list); where only
     some classes are in the caption, it is a dict by class label.
@@ -56,6 +57,7 @@ class TokenizedCaption:
     token_spans: PerClass
     tokens_positive: Union[CharSpans, Mapping[int, CharSpans]]
     made_of: Optional[PerClass] = None
+    sampled: bool = False
 
     def __deepcopy__(self, memo: dict) -> TokenizedCaption:
         # mmengine copies every meta information of every image; nothing here ever changes.
