@@ -288,7 +288,7 @@ def test_mmengines_mixed_precision_trains_the_adapters(
         clip_grad=dict(max_norm=0.1),
     )
     seen = set()
-    layer = detector.decoder.layers[0].self_attn.attn
+    layer = detector.decoder.layers[0]
     handle = layer.register_forward_hook(lambda *_: seen.add(torch.is_autocast_enabled('cpu')))
     for seed in (0, 1):
         images = torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8)
