@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import time
 
 import numpy as np
 import pytest
@@ -281,20 +280,27 @@ def test_stock_grounding_dino_trains_from_sampled_captions(text_dir):
 
 
 @pytest.mark.parametrize('num_classes', [80, 1203])
-def test_it_costs_little_beside_loading_an_image(minilm, num_classes):
+def test_names_are_tokenised_once_for_all_images(minilm, num_classes, monkeypatch):
     transform = build(minilm, num_negatives=None if num_classes == 80 else 'fit')
     names = COCO if num_classes == 80 else made_up_names(num_classes)
-    labels = np.array([3, 5, 70])
+    results = dict(text=names, gt_bboxes_labels=np.array([3, 5, 70]))
+    transform(dict(results))
+    tokenizer = transform.caption_tokenizer
+    encode, tokenised = tokenizer._encode, []
+    monkeypatch.setattr(tokenizer, '_encode', lambda text: tokenised.append(text) or encode(text))
+    for _ in range(3):
+        transform(dict(results))
+    assert not tokenised
+    transform(dict(results, text=[*names[:-1], 'a new name']))
+    assert tokenised == ['a new name. ']
 
-    def seconds():
-        begin = time.process_time()
-        for _ in range(20):
-            transform(dict(text=names, gt_bboxes_labels=labels))
-        return (time.process_time() - begin) / 20
 
-    transform(dict(text=names, gt_bboxes_labels=labels))
-    # an image of COCO's takes 8 ms and more to read, decode, resize and flip
-    assert min(seconds() for _ in range(5)) < (1e-4 if num_classes == 80 else 1e-3)
+def test_a_caption_that_is_full_to_the_last_token_is_one_caption(text_dir):
+    names = ('hot dog', 'cat')  # 3 and 2 tokens, dots included
+    assert build(text_dir, max_tokens=7)(dict(text=names))['text'] == 'hot dog. cat.'
+    for max_tokens in (6, 5):
+        results = build(text_dir, max_tokens=max_tokens)(dict(text=names))
+        assert [caption.text for caption in results['caption_tokens']] == ['hot dog.', 'cat.']
 
 
 def test_padding_that_somebody_asked_of_the_tokenizer_stays_with_them(text_dir):
