@@ -1,21 +1,29 @@
 # make demo   a Grounding DINO learns new objects through LoRA adapters, in minutes, on a CPU
 # make test   lint and tests
 # make env    the environment both use; nothing is redone when nothing changed
+# make stack-lowest, make stack-highest   whether the package works on the oldest and the newest
+#             versions that setup.py and the check at import allow; slow: builds an environment each
 #
 # PYTHON=  the interpreter that makes the environment     VENV=  where it lies
+# STACK=   the versions in it: requirements/tested.txt, lowest.txt or highest.txt
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
-VENV ?= .venv
+STACK ?= tested
+PYTHON_tested := python3.11
+PYTHON_lowest := python3.10
+PYTHON_highest := python3.12
+PYTHON ?= $(shell command -v $(PYTHON_$(STACK)) || command -v python3)
+VENV ?= $(if $(filter tested,$(STACK)),.venv,.venv-$(STACK))
+PINS := requirements/$(STACK).txt
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 STAMP := $(VENV)/.made
 # Nothing here talks to a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: env demo test lint format
+.PHONY: env demo test lint format check-stack stack-lowest stack-highest
 
 env: $(STAMP)
 
@@ -24,24 +32,24 @@ $(VENV)/bin/python:
 	"$(PYTHON)" -m venv "$(VENV)"
 
 # One stamp per step, so that a step that failed is where the next `make` goes on.
-$(VENV)/.torch: requirements/build.txt | $(VENV)/bin/python
+$(VENV)/.torch: requirements/build.txt $(PINS) | $(VENV)/bin/python
 	@echo '[1/4] torch and build tools'
-	$(PIP) install -r requirements/build.txt
+	$(PIP) install -r requirements/build.txt -c $(PINS)
 	@touch $@
 
 $(VENV)/.mmcv: requirements/mmcv.txt tools/install_mmcv.sh $(VENV)/.torch
 	@echo '[2/4] mmcv with its compiled ops'
-	bash tools/install_mmcv.sh $(RUN)
+	bash tools/install_mmcv.sh $(RUN) $(PINS)
 	@touch $@
 
-$(VENV)/.stack: requirements/tested.txt requirements/test.txt $(VENV)/.mmcv
+$(VENV)/.stack: $(PINS) requirements/test.txt $(VENV)/.mmcv
 	@echo '[3/4] mmdet, transformers, peft and what the tests need'
-	$(PIP) install -r requirements/build.txt -r requirements/mmcv.txt -r requirements/tested.txt -r requirements/test.txt
+	$(PIP) install -r requirements/build.txt -r requirements/mmcv.txt -r $(PINS) -r requirements/test.txt
 	@touch $@
 
 $(STAMP): setup.py $(VENV)/.stack
 	@echo '[4/4] this package'
-	$(PIP) install --no-deps --no-build-isolation -e .
+	$(PIP) install --no-build-isolation -c $(PINS) -e .
 	@touch $@
 
 demo: env
@@ -57,3 +65,9 @@ format: env
 
 test: lint
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+check-stack: env
+	$(RUN) tools/check_stack.py
+
+stack-lowest stack-highest: stack-%:
+	$(MAKE) check-stack STACK=$*

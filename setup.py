@@ -12,14 +12,16 @@ setup(
     version='0.1.0',
     description="LoRA fine-tuning of Grounding DINO in MMDetection 3, with its paper's objective",
     license='Apache-2.0',
-    python_requires='>=3.9',
+    # mmcv 2.1.0's setup.py cannot read its own version on Python 3.13.
+    python_requires='>=3.10,<3.13',
     packages=find_packages(include=['mmdet_gdino_lora', 'mmdet_gdino_lora.*']),
     install_requires=[
-        'transformers>=4.40,<6',
-        'peft>=0.14,<1',
-        'safetensors>=0.4',
+        'transformers>=4.45,<6',
+        'peft>=0.16,<1',
+        'safetensors>=0.4.1',
         'scipy>=1.10',
-        'numpy>=1.23',
+        'numpy>=1.23.5',
+        'cachetools>=5',
         'packaging',
     ],
 )

@@ -13,6 +13,8 @@ loss is part of its criterion); bytes of the tensors that autograd keeps for the
 storage once and parameters left out; on the CPU the growth of the resident set at its peak, on CUDA
 the allocator's peak and the number of times that the host waits for the device.
 
+mmdet checkpoints its encoder with fairscale's help; without that package its contender is left out.
+
 ``--grow`` measures the adapters' step as images, class names and boxes grow.
 """
 
@@ -21,7 +23,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import gc
+import importlib.util
 import re
 import statistics
 import sys
@@ -204,20 +208,31 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def build(folder: str, scale: cs.Scale, only: str) -> list[cs.Contender]:
-    """All contenders whose name contains ``only``."""
-    with_decoder = cs.ours(folder, scale, 'decoder')
+    """All contenders whose name contains ``only``, and that the environment has the packages for."""
+
+    @functools.cache
+    def adapted() -> cs.Contender:
+        return cs.ours(folder, scale, 'decoder')
+
     makers: dict[str, Callable[[], cs.Contender]] = {
         'mmdet, full': lambda: cs.stock(folder, scale, False),
         'mmdet, full, checkpointing': lambda: cs.stock(folder, scale, True),
-        'mmdet + PEFT, decoder': lambda: cs.stock_with_peft(folder, scale, with_decoder),
+        'mmdet + PEFT, decoder': lambda: cs.stock_with_peft(folder, scale, adapted()),
         'transformers + PEFT, decoder': lambda: cs.transformers_with_peft(folder, scale),
-        'ours, decoder': lambda: with_decoder,
-        'ours, decoder, retain': lambda: cs.ours_retaining(folder, scale, 'decoder', with_decoder),
+        'ours, decoder': adapted,
+        'ours, decoder, retain': lambda: cs.ours_retaining(folder, scale, 'decoder', adapted()),
         'ours, encoder': lambda: cs.ours(folder, scale, 'encoder'),
         'ours, all': lambda: cs.ours(folder, scale, 'all'),
         'ours, all, checkpointing': lambda: cs.ours(folder, scale, 'all', True),
     }
-    chosen = [make() for name, make in makers.items() if re.search(only, name)]
+    names = [name for name in makers if re.search(only, name)]
+    needing = 'mmdet, full, checkpointing'
+    if needing in names and importlib.util.find_spec('fairscale') is None:
+        names.remove(needing)
+        print(f'left out: {needing} (pip install fairscale)', file=sys.stderr)
+    if not names:
+        sys.exit(f'error: --only {only!r} leaves none of the contenders: {"; ".join(makers)}')
+    chosen = [makers[name]() for name in names]
     cs.share_frozen(chosen)
     return chosen
 
