@@ -20,7 +20,7 @@ _MMCV = "MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir 'mmcv==
 #: The lowest are requirements/lowest.txt's, which `make stack-lowest` runs on.
 SUPPORTED = {
     'torch': ('2.6', None, "pip install 'torch==2.13.0'"),
-    'mmengine': ('0.10.5', '1.0', "pip install 'mmengine==0.10.7'"),
+    'mmengine': ('0.10.6', '1.0', "pip install 'mmengine==0.10.7'"),
     'mmcv': ('2.1.0', '2.2.0', f"pip install 'setuptools<81' wheel ninja && {_MMCV}"),
     'mmdet': ('3.3.0', '3.4', "pip install 'mmdet==3.3.0'"),
     'transformers': ('4.45', '6', "pip install 'transformers==5.23.0'"),
