@@ -17,9 +17,11 @@ def step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The benchmark, as if fairscale were not installed."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, 'find_spec', lambda name, *a: None if name == 'fairscale' else find(name, *a)
-    )
+
+    def find_spec(name: str, *package: str):
+        return None if name == 'fairscale' else find(name, *package)
+
+    monkeypatch.setattr(importlib.util, 'find_spec', find_spec)
     return importlib.import_module('step')
 
 

@@ -5,8 +5,8 @@
 
 Trains adapters on a few drawn images with validation and checkpoints, resumes, tests, merges,
 exports, and predicts with what was exported; then trains a step with each initialisation that PEFT
-computes from the base. Every command is one of tools/, in a process of its own; the first that fails
-ends the check with its output. The last line names the versions that it ran on.
+computes from the base. Every command is one of tools/, in a process of its own; the first that
+fails ends the check with its output. The last line names the versions that it ran on.
 """
 
 from __future__ import annotations

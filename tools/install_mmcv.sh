@@ -35,14 +35,14 @@ install() {
     exit 1
   fi
 }
-has_ops() { "$python" -c 'import mmcv.ops' 2>/dev/null; }
+has_ops() { problem=$("$python" -W ignore -c 'import mmcv.ops' 2>&1); }
 
 if ! has_ops; then
   echo 'a ready wheel is used where pip finds one, else mmcv is compiled: about 14 minutes on two cores, once'
   install
 fi
 if ! has_ops; then
-  echo 'that mmcv has no ops, or ops for another torch: compiling it for this one'
+  echo "that mmcv has no ops, or ops for another torch (${problem##*$'\n'}): compiling it for this one"
   install --force-reinstall --no-deps --no-cache-dir --no-binary mmcv
 fi
 "$python" -c 'import mmcv, mmcv.ops; print("mmcv", mmcv.__version__, "with compiled ops")'

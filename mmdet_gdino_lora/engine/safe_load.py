@@ -26,12 +26,7 @@ def _history_method(owner: Any, name: str) -> Callable:
 
 
 def allow_mmengine_checkpoints() -> None:
-    """Adds mmengine's few checkpoint types to torch's list of safe globals, for this process.
-
-    Does nothing where torch is older than 2.6 and has no such list in force.
-    """
-    if not hasattr(torch.serialization, 'get_unsafe_globals_in_checkpoint'):
-        return
+    """Adds mmengine's few checkpoint types to torch's list of safe globals, for this process."""
     multiarray = (getattr(np, '_core', None) or np.core).multiarray
     # A dtype is an instance of its own class, which torch checks as well.
     codes = np.typecodes['AllInteger'] + np.typecodes['Float'] + '?'

@@ -208,7 +208,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def build(folder: str, scale: cs.Scale, only: str) -> list[cs.Contender]:
-    """All contenders whose name contains ``only``, and that the environment has the packages for."""
+    """All contenders whose name contains ``only`` and whose packages are installed."""
 
     @functools.cache
     def adapted() -> cs.Contender:
