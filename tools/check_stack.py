@@ -4,8 +4,9 @@
     make stack-highest PYTHON=python3.12
 
 Trains adapters on a few drawn images with validation and checkpoints, resumes, tests, merges,
-exports, and predicts with what was exported; then trains with DoRA, PiSSA and their like. Every command is one of tools/, in a process of its own; the first that
-fails ends the check with its output. The last line names the versions that it ran on.
+exports, and predicts with what was exported; then trains with DoRA, PiSSA and their like. Every
+command is one of tools/, in a process of its own; the first that fails ends the check with its
+output. The last line names the versions that it ran on.
 """
 
 from __future__ import annotations
