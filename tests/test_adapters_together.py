@@ -259,6 +259,21 @@ def test_checkpoints_hold_the_trained_adapter_whatever_is_switched_on(
     assert same(detections(again), detections(first))
 
 
+def test_folders_hold_the_trained_adapter_while_the_base_is_switched_on(
+    text_dir: str, base: str, first: nn.Module, tmp_path: Path
+) -> None:
+    wanted = detections(first)
+    first.set_adapter(None)
+    try:
+        first.export_adapter(str(tmp_path / 'first'))
+    finally:
+        first.set_adapter()
+    detector = build(text_dir, base_checkpoint=base)
+    detector.load_adapter(str(tmp_path / 'first'), 'again')
+    detector.set_adapter('again')
+    assert same(detections(detector), wanted)
+
+
 def test_an_adapter_that_needs_a_base_nobody_can_read_again_leaves_no_trace(
     text_dir: str, base: str, second: nn.Module, tmp_path: Path
 ) -> None:

@@ -137,7 +137,7 @@ def test_the_attention_adapter_means_what_it_means_to_peft(detector: nn.Module) 
     from peft import LoraConfig, inject_adapter_in_model
 
     stock = copy.deepcopy(detector.decoder.layers[0].self_attn)
-    inject_adapter_in_model(LoraConfig(target_modules=['attn'], r=2), stock)
+    inject_adapter_in_model(LoraConfig(target_modules=['attn'], r=2, lora_alpha=4), stock)
     inject(detector, dict(r=2))
     ours = detector.decoder.layers[0].self_attn
     for name, parameter in ours.named_parameters():

@@ -28,6 +28,7 @@ from mmdet_gdino_lora.text.cache import Memo
 from mmdet_gdino_lora.text.files import load_tokenizer, text_model
 from mmdet_gdino_lora.text.tokenizer import SPECIAL_TOKENS, CaptionTokenizer
 from mmdet_gdino_lora.text.tokens import TokenizedCaption
+from mmdet_gdino_lora.transfer import to_device
 
 
 @MODELS.register_module()
@@ -181,7 +182,7 @@ class GroundingTextEncoder(BaseModel):
         self._check_length(batch)
         device = next(self.language_backbone.parameters()).device
         rows, begins = self._segment_features(batch.segments, device)
-        index, segment_ids, position_ids, valid = _to_device(
+        index, segment_ids, position_ids, valid = to_device(
             np.stack(
                 [
                     begins[batch.segment] + batch.position_ids,
@@ -257,7 +258,7 @@ class GroundingTextEncoder(BaseModel):
         body = self.language_backbone.body
         positions = body.model.config.max_position_embeddings
         parts = chunks(segments, self._pad_id, positions)
-        numbers = _to_device(
+        numbers = to_device(
             np.concatenate([a.ravel() for part in parts for a in (part.input_ids, part.lengths)]),
             device,
         )
@@ -341,13 +342,6 @@ def _bert_config(name: str) -> BertConfig:
 
 def _nbytes(features: Tensor) -> int:
     return features.nbytes
-
-
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    if device.type == 'cuda':
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 class _State(NamedTuple):

@@ -77,7 +77,8 @@ def export_adapter(
         base_model_name_or_path=_base_source(detector),
     )
     fields = {k: sorted(v) if isinstance(v, set) else v for k, v in exported.to_dict().items()}
-    tensors = {**named_tensors(detector), **(weights or {})}
+    # A state dict holds the trained adapter, whatever is switched on.
+    tensors = {**named_tensors(detector), **(weights or detector.state_dict())}
     _write_text(os.path.join(folder, 'adapter_config.json'), json.dumps(fields, indent=2))
     write_card(detector, folder, classes=classes, metrics=metrics)
     with atomic(os.path.join(folder, 'adapter_model.safetensors')) as partial:
