@@ -36,8 +36,8 @@ train_cfg = dict(max_epochs=1, val_interval=1)
 default_hooks = dict(checkpoint=dict(type='AdapterCheckpointHook'), logger=dict(interval=1))
 custom_hooks = [dict(type='ResumableSeedHook')]
 """
-#: Where every initialisation below works: DoRA, for one, doesn't on attention modules.
-LINEAR = 'model.lora.preset=neck_and_heads'
+#: Linear layers alone: PEFT has DoRA for no attention module and PiSSA for no convolution.
+LINEAR = ['model.lora.preset=neck_and_heads', 'model.lora.exclude_modules=[conv]']
 #: What PEFT computes from the base's weights, and other settings with code of their own in PEFT.
 VARIANTS = {
     'DoRA': 'model.lora.use_dora=True',
@@ -86,7 +86,7 @@ def check(folder: Path) -> None:
     )  # fmt: skip
     for name, option in VARIANTS.items():
         work = ['--work-dir', folder / name.replace(' ', '_')]
-        tool(f'train {name}', 'train.py', config, *work, '--cfg-options', LINEAR, option)
+        tool(f'train {name}', 'train.py', config, *work, '--cfg-options', *LINEAR, option)
 
 
 def write_config(folder: Path) -> Path:
