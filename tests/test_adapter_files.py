@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from mmdet_gdino_lora.engine.atomic import atomic
@@ -19,7 +20,7 @@ from mmdet_gdino_lora.lora import GradientCheck
 from mmdet_gdino_lora.lora.store.base import read_weights
 from mmdet_gdino_lora.lora.store.folder import export_adapter, write_weights
 from mmdet_gdino_lora.lora.store.merge import merged_weights
-from tests.builders import build, build_stock
+from tests.builders import build, build_cfg, build_stock, detector_cfg
 from tests.detectors import detections, train
 
 
@@ -213,3 +214,16 @@ def test_steps_without_boxes_prove_nothing() -> None:
     for _ in range(5):
         check.after_step(num_boxes=0)
     assert not check.done
+
+
+def test_the_label_embedding_of_denoising_stays_out_of_the_folder(
+    text_dir: str, base: str, tmp_path: Path
+) -> None:
+    cfg = detector_cfg(text_dir, base_checkpoint=base)
+    cfg.bbox_head.num_classes = 5  # the base's rows are of another number: they are trained anew
+    detector = build_cfg(cfg)
+    assert detector.dn_query_generator.label_embedding.weight.requires_grad
+    detector.export_adapter(str(tmp_path))
+    config = json.loads((tmp_path / 'adapter_config.json').read_text(encoding='utf-8'))
+    names = [*load_file(tmp_path / 'adapter_model.safetensors'), *config['modules_to_save']]
+    assert len(names) > 10 and not [name for name in names if 'dn_query_generator' in name]

@@ -68,20 +68,25 @@ def title(mutation: Mutation) -> str:
 
 
 def misplaced(mutation: Mutation, checkout: Path) -> Optional[str]:
-    """Whether the code that a mistake is planted in has moved away.
+    """Whether the code that a mistake is planted in has moved away, or no longer takes it.
 
     Args:
         mutation: The mistake.
         checkout: Folder of the checkout.
 
     Returns:
-        A sentence where its text isn't found exactly once, else None.
+        A sentence where its text isn't found exactly once or the rest is no Python, else None.
     """
     path = checkout / mutation.file
-    count = path.read_text(encoding='utf-8').count(mutation.old) if path.is_file() else 0
-    if count == 1:
-        return None
-    return f'{title(mutation)}: its text is there {count} times; mend tools/mutations.py'
+    code = path.read_text(encoding='utf-8') if path.is_file() else ''
+    count = code.count(mutation.old)
+    if count != 1:
+        return f'{title(mutation)}: its text is there {count} times; mend tools/mutations.py'
+    try:
+        compile(code.replace(mutation.old, mutation.new), mutation.file, 'exec')
+    except SyntaxError as error:
+        return f'{title(mutation)}: {error}; mend tools/mutations.py'
+    return None
 
 
 def copied(folder: Path) -> Path:
