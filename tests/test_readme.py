@@ -89,6 +89,8 @@ COMMANDS: dict[str, Callable[[Things, str], None]] = {
     'make demo': dry_make,
     'make test': dry_make,
     'make env': dry_make,
+    'make stack-lowest PYTHON=python3.10': dry_make,
+    'make stack-highest PYTHON=python3.12': dry_make,
     'pip install -e .': dry_pip,
     'python tools/train.py my_things.py': ours,
     'bash tools/dist_train.sh my_things.py 2': launcher,
