@@ -30,7 +30,8 @@ MAY_IMPORT = {
     'datasets': {'errors', 'text'},
     'samples': {'errors', 'text', 'transfer'},
     # The runner's side: no model, no adapter.
-    'engine': {'errors', 'text'},
+    'checks': {'errors', 'text'},
+    'engine': {'checks', 'errors', 'text'},
     'lora': {'errors', 'engine', 'layers', 'peft_layers'},
     'head': {'errors', 'objective', 'samples', 'text', 'transfer'},
     'retain': {'errors', 'lora', 'objective', 'peft_layers', 'text', 'transfer'},
