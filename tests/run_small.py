@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from typing import Any, Optional
 
 import numpy as np
 import torch
 from mmdet.registry import DATASETS, HOOKS, METRICS
-from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
@@ -19,7 +17,7 @@ from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
 import mmdet_gdino_lora  # noqa: F401
-from tests.builders import THREADS, WORDS, data_samples, detector_cfg
+from tests.builders import WORDS, data_samples, detector_cfg
 
 # mmengine's default, without a GPU's number.
 ON_CPU = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
@@ -181,8 +179,14 @@ def _loader(by_epoch: bool, batch_size: int, flicker: int) -> dict[str, Any]:
     )
 
 
-if __name__ == '__main__':
-    register_all_modules(init_default_scope=True)
-    torch.set_num_threads(THREADS)  # as in the tests: sums depend on it
-    killed = dict(type='KilledHook', at=int(sys.argv[5]))
-    run(*sys.argv[1:4], by_epoch=sys.argv[4] == 'epoch', hooks=[killed])
+def run_until_killed(number: int, work_dir: str, text_dir: str, base: str, way: str) -> None:
+    """Trains until its process is killed before the fourth iteration.
+
+    Args:
+        number: Of the process.
+        work_dir: As for :func:`config`.
+        text_dir: The same.
+        base: The same.
+        way: ``'epoch'`` or ``'iter'``, what mmengine counts.
+    """
+    run(work_dir, text_dir, base, by_epoch=way == 'epoch', hooks=[dict(type='KilledHook', at=3)])

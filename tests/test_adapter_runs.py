@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,13 +12,19 @@ from mmengine.config import Config
 from mmengine.fileio import load
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_checkpoint
+from torch.multiprocessing import ProcessExitedException
 
 from mmdet_gdino_lora.datasets.shapes import NEW_CLASSES, Split, write_shapes
-from tests.builders import THREADS, build
+from tests.builders import build
 from tests.detectors import detections, same
-from tests.run_small import run
+from tests.processes import in_new_processes
+from tests.run_small import run, run_until_killed
+from tests.tool_run import ROOT, run_tool
 
-ROOT = Path(__file__).parent.parent
+
+def in_the_checkout(number: int, command: str) -> None:
+    """A tool's command, in a process of its own."""
+    run_tool(command, ROOT)
 
 
 @pytest.mark.parametrize('count', ['epoch', 'iter'])
@@ -34,9 +37,9 @@ def test_a_killed_run_resumes_to_the_weights_of_the_whole_run(
     by_epoch = count == 'epoch'
     whole = run(str(tmp_path / 'whole'), text_dir, base, by_epoch=by_epoch)
     work_dir = str(tmp_path / 'killed')
-    arguments = [sys.executable, '-m', 'tests.run_small', work_dir, text_dir, base, count, '3']
-    killed = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    with pytest.raises(ProcessExitedException) as end:
+        in_new_processes(run_until_killed, work_dir, text_dir, base, count)
+    assert end.value.signal_name == 'SIGKILL'
     resumed = run(work_dir, text_dir, base, by_epoch=by_epoch, resume=True)
     assert (whole.iter, resumed.iter) == (4, 4)
     weights, others = whole.model.state_dict(), resumed.model.state_dict()
@@ -75,9 +78,7 @@ def test_a_new_process_with_the_adapter_checkpoint_detects_the_same_to_the_bit(
     config, checkpoint = str(tmp_path / 'config.py'), str(tmp_path / 'run/epoch_1.pth')
     cfg.dump(config)
     out = str(tmp_path / 'detections.pkl')
-    command = [sys.executable, 'tools/test.py', config, checkpoint, '--out', out]
-    environment = dict(os.environ, OMP_NUM_THREADS=str(THREADS))
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    in_new_processes(in_the_checkout, f'python tools/test.py {config} {checkpoint} --out {out}')
     trained = [sample.pred_instances for sample in trained if 'pred_instances' in sample]
     tested = [sample['pred_instances'] for sample in load(out)]
     assert len(tested) == len(trained) == 4
@@ -85,9 +86,8 @@ def test_a_new_process_with_the_adapter_checkpoint_detects_the_same_to_the_bit(
         for key in ('bboxes', 'scores', 'labels'):
             assert torch.equal(one[key], other[key])
 
-    sweep = [sys.executable, 'tools/sweep_scale.py', config, checkpoint, '--scales', '0', '1']
-    sweep += ['--old-config', config, '--out', str(tmp_path / 'sweep')]
-    subprocess.run(sweep, cwd=ROOT, env=environment, check=True, capture_output=True)
+    sweep = f'python tools/sweep_scale.py {config} {checkpoint} --scales 0 1'
+    run_tool(f'{sweep} --old-config {config} --out {tmp_path}/sweep', ROOT)
     rows = json.loads((tmp_path / 'sweep/sweep.json').read_text())
     assert [row['scale'] for row in rows] == [0, 1]
     assert all(0 <= row['new'] == row['old'] <= 1 for row in rows)

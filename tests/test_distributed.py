@@ -2,44 +2,41 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Optional
 
 import pytest
 import torch
+from mmengine.runner.checkpoint import weights_to_cpu
 from torch import Tensor
 
 from tests.builders import SMALL_ENCODER, WORDS, build
+from tests.processes import as_ranks
 from tests.run_small import run
-from tests.run_validation import losses
+from tests.run_validation import losses, validate_a_rank
 
-ROOT = Path(__file__).parent.parent
 # Dropout, denoising and augmentation draw numbers of their own on every rank.
 FUSION = dict(SMALL_ENCODER['fusion_layer_cfg'], dropout=0.0, drop_path=0.0)
 STILL = dict(flicker=1, dn_cfg=None, encoder=dict(SMALL_ENCODER, fusion_layer_cfg=FUSION))
 
 
+def train(work_dir: str, text_dir: str, base: str, settings: dict[str, Any]) -> None:
+    """One rank's training, which leaves its weights in the work dir."""
+    runner = run(
+        work_dir, text_dir, base, by_epoch=True, batch_size=1, launcher='pytorch', **settings
+    )
+    rank = torch.distributed.get_rank()
+    torch.save(weights_to_cpu(runner.model.module.state_dict()), Path(work_dir, f'{rank}.pth'))
+
+
 def ranks(work_dir: Path, text_dir: str, base: str, settings: dict[str, Any]) -> list[dict]:
     """Weights of two ranks after training on halves of every batch."""
-    return launch('tests.run_ranks', work_dir, text_dir, base, json.dumps(settings))
+    as_ranks(train, str(work_dir), text_dir, base, settings)
+    return left_in(work_dir)
 
 
-def launch(module: str, work_dir: Path, *arguments: str) -> list:
-    """What two ranks leave in the work dir."""
-    launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    result = subprocess.run(
-        [*launcher, '-m', module, str(work_dir), *arguments],
-        cwd=ROOT,
-        env=dict(os.environ, OMP_NUM_THREADS='1'),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-6000:]
+def left_in(work_dir: Path) -> list:
+    """What the two ranks left in the work dir."""
     return [torch.load(work_dir / f'{rank}.pth') for rank in (0, 1)]
 
 
@@ -74,7 +71,8 @@ def test_every_preset_denoising_and_a_teacher_now_and_then_keep_the_ranks_togeth
 def test_ranks_validate_without_waiting_for_each_other(
     text_dir: str, base: str, tmp_path: Path
 ) -> None:
-    first, second = launch('tests.run_validation', tmp_path, text_dir, base)
+    as_ranks(validate_a_rank, str(tmp_path), text_dir, base)
+    first, second = left_in(tmp_path)
     assert second == [{}, {}]  # no ground truth, and classes of several captions
     detector = build(text_dir, base_checkpoint=base).eval()
     for found, boxes in zip(first, ([3, 1], [2])):
