@@ -1,0 +1,21 @@
+"""Tests. What is here holds in the test's process and in those that it starts."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import mmengine.config.config as mmengine_config
+
+
+def _format_once(format_code: Any) -> Any:
+    """mmengine formats a run's config half a dozen times, half a second each: once will do."""
+
+    @functools.lru_cache(maxsize=64)
+    def formatted(text: str, style: tuple) -> Any:
+        return format_code(text, style_config=dict(style))
+
+    return lambda text, style_config, **_: formatted(text, tuple(style_config.items()))
+
+
+mmengine_config.FormatCode = _format_once(mmengine_config.FormatCode)
