@@ -43,6 +43,7 @@ from mmdet_gdino_lora.peft_layers.out_proj import in_todays_count, peft_out_proj
 RECORD = 'mmdet_gdino_lora'
 """Key of the record in a state dict's metadata, and in a safetensors file's."""
 
+_BASE_FIELDS = dict(source=str, path=str, fingerprint=dict, absent=list)
 _MEANING = ('r', 'lora_alpha', 'use_rslora', 'use_dora', 'rank_pattern', 'alpha_pattern')
 
 
@@ -86,6 +87,36 @@ def record(detector: nn.Module) -> dict[str, Any]:
             absent=sorted(base.absent),
         ),
     )
+
+
+def checked_note(note: Any, what: str) -> dict[str, Any]:
+    """Takes a record out of a file, where it may have been damaged or spliced.
+
+    Args:
+        note: As found; None where there is none.
+        what: The file, for the message.
+
+    Returns:
+        The record; empty where there is none.
+
+    Raises:
+        ConfigError: If it is no record as :func:`record` makes it.
+    """
+    if note is None:
+        return {}
+    fits = isinstance(note, dict) and all(
+        isinstance(note.get(key), (kind, type(None)))
+        for key, kind in (('adapter', dict), ('changed', list), ('base', dict))
+    )
+    fits = fits and isinstance(note.get('attention_output_factor'), (int, float, type(None)))
+    base = (note.get('base') if fits else None) or {}
+    fits = fits and (not base or base.keys() == _BASE_FIELDS.keys())
+    if not fits or not all(isinstance(base[k], _BASE_FIELDS[k]) for k in base):
+        raise ConfigError(
+            f'{what}: the record of its adapter ({RECORD}) is damaged or of another version; use '
+            'another copy.'
+        )
+    return note
 
 
 def _listed(value: Any) -> Any:
@@ -133,7 +164,7 @@ def _load(
     incoming = {n[len(prefix) :]: v for n, v in state_dict.items() if n.startswith(prefix)}
     if not incoming:
         return
-    note = local_metadata.get(RECORD)
+    note = checked_note(local_metadata.get(RECORD), 'the checkpoint')
     if state.config is None:
         if any('.lora_' in name for name in incoming):
             raise ConfigError(
