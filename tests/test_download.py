@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import re
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from mmengine.runner import CheckpointLoader
+from torch.multiprocessing import ProcessExitedException
 
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.files.download import check_url, fetch_url
 from mmdet_gdino_lora.lora.store.base import fetch
+from tests.processes import in_new_processes
 
 CONTENT = bytes(range(256)) * 4096  # a megabyte
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -38,7 +41,7 @@ class Server(ThreadingHTTPServer):
         self.cuts: list[int] = []
         self.ways: set[str] = set()
         self.asked: list[str | None] = []
-        self.sending, self.go_on = threading.Event(), threading.Event()
+        self.go_on = threading.Event()
         self.go_on.set()
 
     def url(self, name: str) -> str:
@@ -69,7 +72,6 @@ class Handler(BaseHTTPRequestHandler):
         end = start + server.cuts.pop(0) if server.cuts else len(CONTENT)
         self.wfile.write(CONTENT[start:end])
         self.wfile.flush()
-        server.sending.set()
         server.go_on.wait(30)
 
     def log_message(self, *_: object) -> None:
@@ -129,16 +131,26 @@ def test_a_file_of_unknown_length_is_refused(server: Server, folder: Path) -> No
     assert os.listdir(folder) == []
 
 
+def fetch_until_killed(number: int, folder: str, url: str) -> None:
+    """Kills its process when something has come."""
+
+    def wait() -> None:
+        while not (os.path.exists(partial) and os.path.getsize(partial)):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    partial = os.path.join(folder, 'base.pth.partial')
+    os.environ['TORCH_HOME'] = str(Path(folder).parent.parent)
+    threading.Thread(target=wait, daemon=True).start()
+    fetch_url(url)
+
+
 def test_what_a_killed_process_left_does_not_count(server: Server, folder: Path) -> None:
     server.cuts = [300_000]
     server.go_on.clear()
-    child = multiprocessing.get_context('fork').Process(
-        target=fetch_url, args=(server.url('base.pth'),)
-    )
-    child.start()
-    assert server.sending.wait(60)
-    child.kill()
-    child.join()
+    with pytest.raises(ProcessExitedException) as end:
+        in_new_processes(fetch_until_killed, str(folder), server.url('base.pth'))
+    assert end.value.signal_name == 'SIGKILL'
     server.go_on.set()
     assert os.listdir(folder) == ['base.pth.partial']
     assert Path(fetch_url(server.url('base.pth'))).read_bytes() == CONTENT

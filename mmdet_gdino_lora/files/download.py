@@ -9,8 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from email.message import Message
-from http.client import HTTPException
+from http.client import HTTPException, HTTPMessage
 from typing import IO, Any, Optional
 from urllib.error import URLError
 from urllib.parse import parse_qs, urldefrag, urlsplit
@@ -180,8 +179,9 @@ def _copy(answer: Any, file: IO[bytes], there: int) -> bool:
     total = there + int(length) if length is not None else None
     if total is not None and total - there > shutil.disk_usage(os.path.dirname(file.name)).free:
         raise _Refused(f'it has {total:,} bytes, more than are free there')
+    # What has come by then is kept where the connection ends.
     with tqdm(total=total, initial=there, unit='B', unit_scale=True, unit_divisor=1024) as bar:
-        while part := answer.read(_CHUNK):
+        while part := answer.read1(_CHUNK):
             file.write(part)
             bar.update(len(part))
     file.flush()
@@ -202,7 +202,7 @@ class _StaysPrivate(HTTPRedirectHandler):
     """Follows no redirection from https to http."""
 
     def redirect_request(
-        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> Optional[Request]:
         """Makes the request for where a redirection leads.
 

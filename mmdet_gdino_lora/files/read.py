@@ -131,7 +131,8 @@ def _reason(error: Exception) -> str:
     refused = re.search(r'GLOBAL (\S+)', said)
     if refused:
         return f'unsupported: {refused[1]}'
-    return said.rpartition('WeightsUnpickler error: ')[2].partition('. ')[0].rstrip('.')
+    said = said.rpartition('WeightsUnpickler error: ')[2].partition(' Check the documentation')[0]
+    return said.partition('. ')[0].rstrip('.')
 
 
 def _first_line(error: BaseException) -> str:
