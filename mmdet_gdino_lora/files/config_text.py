@@ -48,7 +48,7 @@ def _as_data(path: str, place: str, text: str) -> str:
         body = ast.parse(text).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return text  # mmengine parses it in the same way, and runs nothing
-    kept = []
+    kept: list[ast.stmt] = []
     for statement in body:
         if not (
             isinstance(statement, ast.Assign)

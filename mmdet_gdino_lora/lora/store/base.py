@@ -231,7 +231,7 @@ def fingerprint(tensors: Mapping[str, Tensor], absent: Sequence[str] = ()) -> di
         tensor = tensors[name].detach().cpu().contiguous()
         head = f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode()
         hasher = hashlib.blake2b(head, digest_size=16)
-        hasher.update(tensor.flatten().view(torch.uint8).numpy())
+        hasher.update(tensor.flatten().view(torch.uint8).numpy().data)
         return hasher.digest()
 
     names = sorted(n for n in tensors if n not in absent and _counts(n))
