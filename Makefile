@@ -58,6 +58,7 @@ demo: env
 lint: env
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy mmdet_gdino_lora
 
 format: env
 	$(RUN) -m ruff check --fix .

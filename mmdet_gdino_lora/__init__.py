@@ -13,14 +13,14 @@ from mmdet_gdino_lora.datasets import TokenSpans  # noqa: E402
 from mmdet_gdino_lora.detector import LoRAGroundingDINO  # noqa: E402
 from mmdet_gdino_lora.engine.checkpoint_hook import AdapterCheckpointHook  # noqa: E402
 from mmdet_gdino_lora.engine.compile_hook import CompileHook  # noqa: E402
-from mmdet_gdino_lora.engine.safe_load import allow_mmengine_checkpoints  # noqa: E402
 from mmdet_gdino_lora.engine.seed_hook import ResumableSeedHook  # noqa: E402
+from mmdet_gdino_lora.files.loaders import register_loaders  # noqa: E402
 from mmdet_gdino_lora.head import GroundingDINOCriterionHead  # noqa: E402
 from mmdet_gdino_lora.objective import BoxGIoUCost, BoxL1Cost, TokenFocalCost  # noqa: E402
 from mmdet_gdino_lora.objective.criterion import GroundingDINOCriterion, build_criterion  # noqa: E402
 from mmdet_gdino_lora.text import GroundingTextEncoder  # noqa: E402
 
-allow_mmengine_checkpoints()
+register_loaders()
 
 __all__ = [
     'AdapterCheckpointHook',

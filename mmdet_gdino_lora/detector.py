@@ -280,7 +280,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
             features = self.extract_feat(batch_inputs)
         head_inputs = self.forward_transformer(features, text_dict, batch_data_samples)
         losses = self.bbox_head.loss(**head_inputs, batch_data_samples=batch_data_samples)
-        if teacher is not None:
+        if teacher is not None and self.retention is not None:
             losses.update(self.retention.loss(self, features, batch_data_samples, teacher))
         return losses
 
@@ -343,8 +343,8 @@ class LoRAGroundingDINO(LeanGroundingDINO):
             The samples with predictions; where ground truth is at hand, one more element with
             ``loss``, the components of :meth:`loss` without the denoising queries.
         """
-        data = self.data_preprocessor(data, False)
-        inputs, samples = data['inputs'], data['data_samples']
+        batch = self.data_preprocessor(data, False)
+        inputs, samples = batch['inputs'], batch['data_samples']
         if any(map(is_free_text, samples)):
             return self.predict(inputs, samples)
         with precision.autocast(inputs.device, self._base_dtype):

@@ -76,6 +76,8 @@ class GroundingDINOCriterionHead(GroundingDINOHead):
             ``gamma`` are taken; what of them is not is told in the log.
     """
 
+    test_cfg: Mapping[str, Any]
+
     def __init__(self, criterion: Optional[dict] = None, **kwargs: Any) -> None:
         taken, left = criterion_settings(kwargs)
         # mmdet derives the number of class channels from this loss; nothing else reads it.
@@ -144,7 +146,7 @@ class GroundingDINOCriterionHead(GroundingDINOHead):
             decoder_outputs=dict(pred_logits=logits, pred_boxes=boxes),
             text_token_mask=text_token_mask,
         )
-        if num_dn:
+        if num_dn and dn_meta is not None:
             outputs['dn_outputs'] = dict(
                 pred_logits=dn_logits,
                 pred_boxes=dn_boxes,

@@ -11,7 +11,7 @@ the base was trained on is needed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -20,12 +20,16 @@ from mmdet.structures import SampleList
 from mmdet.utils import reduce_mean
 from mmengine.dist import get_world_size
 from mmengine.logging import MessageHub
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora import base_only, evaluating, lora_state
 from mmdet_gdino_lora.objective.boxes import l1_and_giou
 from mmdet_gdino_lora.text import CaptionTokenizer, TokenizedCaption
+
+if TYPE_CHECKING:
+    from mmdet_gdino_lora.transformer import LeanGroundingDINO
+
 
 WEIGHTS = dict(ce=2.0, bbox=5.0, giou=2.0)
 """Of the three parts to each other, as in the objective."""
@@ -164,7 +168,9 @@ class Retention:
         iteration = hub.get_info('iter') if 'iter' in hub.runtime_info else 0
         return iteration % self.every == 0
 
-    def ask_teacher(self, detector: nn.Module, inputs: Tensor, samples: SampleList) -> Teacher:
+    def ask_teacher(
+        self, detector: LeanGroundingDINO, inputs: Tensor, samples: SampleList
+    ) -> Teacher:
         """Runs the base. To be called before the step's own forward pass.
 
         Args:
@@ -200,7 +206,11 @@ class Retention:
         )
 
     def loss(
-        self, detector: nn.Module, features: Sequence[Tensor], samples: SampleList, teacher: Teacher
+        self,
+        detector: LeanGroundingDINO,
+        features: Sequence[Tensor],
+        samples: SampleList,
+        teacher: Teacher,
     ) -> dict[str, Tensor]:
         """How far the adapted outputs are from the base's.
 
@@ -234,7 +244,7 @@ class Retention:
 
 
 def _encode(
-    detector: nn.Module,
+    detector: LeanGroundingDINO,
     features: Sequence[Tensor],
     samples: SampleList,
     caption: TokenizedCaption,
@@ -244,26 +254,28 @@ def _encode(
     return Encoded(detector.forward_encoder(**encoder_inputs, text_dict=text), decoder_inputs)
 
 
-def _decode(detector: nn.Module, encoded: Encoded, teacher: Optional[Outputs] = None) -> Outputs:
+def _decode(
+    detector: LeanGroundingDINO, encoded: Encoded, teacher: Optional[Outputs] = None
+) -> Outputs:
     """The detector's outputs; for the teacher's queries, where it was asked before."""
-    encoded, decoder_inputs = encoded.outputs, encoded.decoder_inputs
+    outputs, decoder_inputs = encoded.outputs, encoded.decoder_inputs
     proposals = detector.select_proposals(
-        **encoded, positions=None if teacher is None else teacher.positions
+        **outputs, positions=None if teacher is None else teacher.positions
     )
     references = proposals.boxes.detach().sigmoid() if teacher is None else teacher.references
     decoded = detector.forward_decoder(
         query=detector.query_embedding.weight[None].expand(len(references), -1, -1),
-        memory=encoded['memory'],
+        memory=outputs['memory'],
         reference_points=references,
         dn_mask=None,
-        memory_text=encoded['memory_text'],
-        text_attention_mask=~encoded['text_token_mask'],
+        memory_text=outputs['memory_text'],
+        text_attention_mask=~outputs['text_token_mask'],
         **decoder_inputs,
     )
     logits, boxes = detector.bbox_head(
         **decoded,
-        memory_text=encoded['memory_text'],
-        text_token_mask=encoded['text_token_mask'],
+        memory_text=outputs['memory_text'],
+        text_token_mask=outputs['text_token_mask'],
     )
     return Outputs(
         torch.cat([logits, proposals.logits[None]]),

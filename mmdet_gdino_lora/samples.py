@@ -81,14 +81,14 @@ def _classes(sample: Any) -> tuple[Sequence[ClassName], Optional[Sequence[int]]]
     if given is not None:
         captions = given if isinstance(given, tuple) else (given,)
         made_of = {label: c.made_of[label] for c in captions for label in c.labels}
-        names, labels = list(made_of.values()), list(made_of)
+        names, labels = tuple(made_of.values()), list(made_of)
     else:
-        names, labels = sample.text, None
-        if isinstance(names, str):
-            names = split_names(names)
-        elif isinstance(names, Mapping):
-            names, labels = list(names.values()), [int(label) for label in names]
-        names = prompted(names, sample.get('caption_prompt'))
+        text, labels = sample.text, None
+        if isinstance(text, str):
+            text = split_names(text)
+        elif isinstance(text, Mapping):
+            text, labels = list(text.values()), [int(label) for label in text]
+        names = prompted(text, sample.get('caption_prompt'))
     if not names:
         raise ConfigError(
             f'the text {sample.text!r} of an image names no class; set return_classes=True of its '

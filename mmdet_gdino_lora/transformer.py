@@ -24,12 +24,14 @@ class LeanGroundingDINO(GroundingDINO):
     Every argument of ``GroundingDINO`` keeps its meaning.
     """
 
+    encoder: Any  # its config, until its layers are made
+
     def _init_layers(self) -> None:
         # mmdet would wrap the checkpointed layers with fairscale; the lean encoder needs none.
-        num_cp = self.encoder.get('num_cp', 0)
-        self.encoder = {**self.encoder, 'num_cp': 0}
+        config: dict[str, Any] = self.encoder
+        self.encoder = {**config, 'num_cp': 0}
         super()._init_layers()
-        self.encoder.num_cp = num_cp
+        self.get_submodule('encoder').num_cp = config.get('num_cp', 0)
 
     def encode_text(self, captions: Sequence[TokenizedCaption]) -> dict[str, Tensor]:
         """Encodes captions in the transformer's width.
@@ -57,6 +59,7 @@ class LeanGroundingDINO(GroundingDINO):
         Returns:
             Inputs of the encoder and inputs of the decoder.
         """
+        assert batch_data_samples, 'the images are padded as their samples say'
         first = batch_data_samples[0]
         shapes = [sample.img_shape for sample in batch_data_samples]
         masks = padding_masks(mlvl_feats, shapes, first.batch_input_shape)

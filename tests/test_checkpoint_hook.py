@@ -13,6 +13,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from safetensors.torch import load_file
 
+from mmdet_gdino_lora.files.read import read_file
 from tests.run_small import run
 
 
@@ -31,7 +32,7 @@ def assert_same_weights(checkpoint: Path) -> None:
     """The adapter beside a checkpoint holds its very weights, box head and factors."""
     folder = checkpoint.with_name(f'{checkpoint.stem}_adapter')
     weights = load_file(folder / 'adapter_model.safetensors')
-    state_dict = torch.load(checkpoint)['state_dict']
+    state_dict = read_file(str(checkpoint))['state_dict']
     assert any('lora_B' in name for name in state_dict)
     for name, tensor in state_dict.items():
         peft = 'base_model.model.' + name.replace('.default', '')

@@ -21,18 +21,19 @@ MAY_IMPORT = {
     'errors': set(),
     'environment': {'errors'},
     'transfer': {'errors'},
+    'files': {'errors'},
     # Plain tensors: no model, no text, no files.
     'objective': {'errors', 'transfer'},
     'peft_layers': {'errors'},
     # Whether its weights are adapted decides whether the text tower may remember.
-    'text': {'errors', 'peft_layers', 'transfer'},
+    'text': {'errors', 'files', 'peft_layers', 'transfer'},
     'layers': {'errors', 'peft_layers', 'transfer'},
     'datasets': {'errors', 'text'},
     'samples': {'errors', 'text', 'transfer'},
     # The runner's side: no model, no adapter.
     'checks': {'errors', 'text'},
-    'engine': {'checks', 'errors', 'text'},
-    'lora': {'errors', 'engine', 'layers', 'peft_layers'},
+    'engine': {'checks', 'errors', 'files', 'text'},
+    'lora': {'errors', 'engine', 'files', 'layers', 'peft_layers'},
     'head': {'errors', 'objective', 'samples', 'text', 'transfer'},
     'retain': {'errors', 'lora', 'objective', 'peft_layers', 'text', 'transfer'},
     'transformer': {'errors', 'layers', 'samples', 'text', 'transfer'},

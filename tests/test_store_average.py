@@ -13,6 +13,7 @@ from mmengine.runner import Runner
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mmdet_gdino_lora.files.read import read_file
 from mmdet_gdino_lora.lora.store.base import read_weights
 from tests.run_small import run
 
@@ -57,7 +58,7 @@ def test_the_file_holds_the_whole_average_and_a_resume_goes_on_with_it(
     assert not torch.equal(averaged[BOX_HEAD], read_weights(base)[BOX_HEAD])
     assert differing(averaged, raw)
 
-    content = torch.load(tmp_path / f'whole/epoch_{epochs}.pth')
+    content = read_file(str(tmp_path / f'whole/epoch_{epochs}.pth'))
     assert differing(content['state_dict'], averaged) == []
     kept = {n[7:]: w for n, w in content['ema_state_dict'].items() if n.startswith('module.')}
     assert differing(kept, raw) == []

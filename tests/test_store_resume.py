@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmdet_gdino_lora.files.read import read_file
 from tests.builders import detector_cfg
 from tests.run_small import config, run
 
@@ -41,7 +42,7 @@ def whole(text_dir: str, base: str, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def weights(work_dir: Path, epoch: int) -> dict[str, Tensor]:
-    return torch.load(work_dir / f'epoch_{epoch}.pth')['state_dict']
+    return read_file(str(work_dir / f'epoch_{epoch}.pth'))['state_dict']
 
 
 def train(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

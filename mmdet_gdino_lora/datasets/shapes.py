@@ -196,14 +196,14 @@ def _bgr(rng: np.random.Generator, colour: str) -> np.ndarray:
     return cv2.cvtColor(np.array([[hsv]], dtype=np.uint8), cv2.COLOR_HSV2BGR)[0, 0].astype(float)
 
 
-def _fixed(corners: np.ndarray) -> np.ndarray:
+def _fixed(corners: np.ndarray) -> list[np.ndarray]:
     """Pixels to OpenCV's fixed point numbers with 4 fractional bits."""
-    return np.round(corners * 16).astype(np.int32)[None]
+    return [np.round(corners * 16).astype(np.int32)]
 
 
 def _filled(corners: np.ndarray) -> np.ndarray:
     mask = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
-    cv2.fillPoly(mask, _fixed(corners - 0.5), 1, cv2.LINE_8, shift=4)
+    cv2.fillPoly(mask, _fixed(corners - 0.5), (1,), cv2.LINE_8, shift=4)
     return mask.astype(bool)
 
 
@@ -212,7 +212,7 @@ def _paint(
 ) -> None:
     """Fills the outline, shaded from one side to the other, and sometimes edges it darker."""
     cover = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
-    cv2.fillPoly(cover, _fixed(corners - 0.5), 255, cv2.LINE_AA, shift=4)
+    cv2.fillPoly(cover, _fixed(corners - 0.5), (255,), cv2.LINE_AA, shift=4)
     alpha = (cover.astype(np.float32) / 255)[..., None]
     slope = np.linspace(rng.uniform(0.82, 1.0), rng.uniform(0.82, 1.0), IMAGE_SIZE)
     shade = slope[:, None, None] if rng.random() < 0.5 else slope[None, :, None]

@@ -135,6 +135,7 @@ class TokenSpans(BaseTransform):
         text: Union[Sequence[str], Mapping[Any, str]],
         caption_prompt: Optional[Mapping[str, Mapping[str, str]]],
     ) -> _Vocabulary:
+        key: tuple[Optional[tuple], tuple]
         if isinstance(text, Mapping):
             key = (tuple(text), prompted(text.values(), caption_prompt))
         else:

@@ -42,6 +42,8 @@ class AdapterCheckpointHook(CheckpointHook):
         self._weights: Optional[dict[str, Any]] = None
         self._exported = _Exported()
 
+    backend_args: Optional[dict[str, Any]]
+
     def before_train(self, runner: Any) -> None:
         """Does as mmengine's, with files that are whole or not there.
 
@@ -120,8 +122,8 @@ class AdapterCheckpointHook(CheckpointHook):
         self._set_best({indicator: path or old.get(indicator) for indicator, path in new.items()})
         if not is_main_process():
             return
-        for path in filter(None, new.values()):
-            self._export(runner, path, runner.iter)
+        for written in filter(None, new.values()):
+            self._export(runner, written, runner.iter)
         for indicator, path in old.items():
             if path and new.get(indicator) not in (None, path):
                 self._retire(path)

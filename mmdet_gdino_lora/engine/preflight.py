@@ -230,11 +230,10 @@ def _class_of(dataset: Mapping[str, Any]) -> Any:
 def _is_coco(dataset: Mapping[str, Any]) -> bool:
     """Whether labels come from a COCO file's categories the way ``CocoDataset`` makes them."""
     cls = _class_of(dataset)
-    return (
-        isinstance(cls, type)
-        and issubclass(cls, CocoDataset)
-        and cls.load_data_list is CocoDataset.load_data_list
-    )
+    if not (isinstance(cls, type) and issubclass(cls, CocoDataset)):
+        return False
+    # mmdet comes without types, so that any class is a CocoDataset to mypy.
+    return cls.load_data_list is CocoDataset.load_data_list  # type: ignore[attr-defined]
 
 
 def _config_classes(key: str, dataset: Mapping[str, Any]) -> Sequence[str]:

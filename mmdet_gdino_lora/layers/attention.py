@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from mmcv.cnn.bricks.transformer import MultiheadAttention
 from torch import Tensor
@@ -35,7 +37,7 @@ class LeanMultiheadAttention(MultiheadAttention):
         key_pos: Tensor | None = None,
         attn_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
         """Attend with position encodings, and add the identity.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from mmdet.models.layers.transformer.grounding_dino_layers import GroundingDinoTransformerDecoder
 from torch import Tensor
@@ -10,7 +12,9 @@ from torch import Tensor
 class LeanDecoder(GroundingDinoTransformerDecoder):
     """This decoder equals mmdet's in arguments, parameters, names and results."""
 
-    def forward(self, query: Tensor, *args, self_attn_mask: Tensor | None = None, **kwargs):
+    def forward(
+        self, query: Tensor, *args: Any, self_attn_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """Decode as mmdet does.
 
         Args:

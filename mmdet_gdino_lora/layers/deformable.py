@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from mmcv.ops import MultiScaleDeformableAttention, get_compiling_cuda_version
@@ -43,7 +44,7 @@ class LeanDeformableAttention(MultiScaleDeformableAttention):
         reference_points: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         level_start_index: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
         """Sample the levels around each query's reference point.
 
@@ -69,6 +70,9 @@ class LeanDeformableAttention(MultiScaleDeformableAttention):
         if not self.batch_first:
             query, value = query.transpose(0, 1), value.transpose(0, 1)
         num_values = value.shape[1]
+        # mmcv declares them optional, and needs them too.
+        assert reference_points is not None
+        assert spatial_shapes is not None and level_start_index is not None
         shapes = host_shapes(spatial_shapes)
         if sum(height * width for height, width in shapes) != num_values:
             raise ValueError(f'{num_values} positions do not fill levels of sizes {shapes}')

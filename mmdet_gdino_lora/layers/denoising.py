@@ -41,8 +41,8 @@ class DenoisingQueryGenerator(CdnQueryGenerator):
         boxes = torch.cat([sample.gt_instances.bboxes for sample in batch_data_samples])
         counts = [len(sample.gt_instances.labels) for sample in batch_data_samples]
         sizes = np.array([sample.img_shape[:2] for sample in batch_data_samples])[:, [1, 0, 1, 0]]
-        sizes = torch.from_numpy(np.repeat(sizes, counts, axis=0)).to(boxes.dtype)
-        boxes = boxes / to_device(sizes, boxes.device)
+        scale = torch.from_numpy(np.repeat(sizes, counts, axis=0)).to(boxes.dtype)
+        boxes = boxes / to_device(scale, boxes.device)
         widest = max(counts)
         num_groups = self.get_num_groups(widest)
         contents = self.generate_dn_label_query(labels, num_groups)

@@ -53,7 +53,7 @@ def host_shapes(spatial_shapes: Tensor) -> Shapes:
     shapes = getattr(spatial_shapes, 'host_shapes', None)
     if shapes is None:
         shapes = tuple((int(height), int(width)) for height, width in spatial_shapes.tolist())
-        spatial_shapes.host_shapes = shapes
+        spatial_shapes.host_shapes = shapes  # type: ignore[attr-defined]  # remembered on the tensor
     return shapes
 
 
@@ -70,7 +70,7 @@ def padding_masks(
     Returns:
         bool [B, H, W] per level, True: padding; None where no image is padded.
     """
-    image_shapes = [tuple(shape[:2]) for shape in image_shapes]
+    image_shapes = [(height, width) for height, width, *_ in image_shapes]
     if all(shape == tuple(input_shape) for shape in image_shapes):
         return None
     masks = feats[0].new_ones((1, len(image_shapes), *input_shape))

@@ -94,7 +94,7 @@ class _FoldedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -115,7 +115,7 @@ class _FoldedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = grad_a = grad_b = None

@@ -16,13 +16,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.files.read import read_file, read_json
 from mmdet_gdino_lora.lora.state import LoraState, lora_state
-from mmdet_gdino_lora.lora.store.base import base_of, read_file, read_weights
-from mmdet_gdino_lora.lora.store.checkpoint import RECORD, check_base
+from mmdet_gdino_lora.lora.store.base import base_of, read_weights
+from mmdet_gdino_lora.lora.store.checkpoint import RECORD, check_base, checked_note
 from mmdet_gdino_lora.lora.store.folder import PEFT_PREFIX
 from mmdet_gdino_lora.lora.tensors import ADAPTER, base_name, is_factor
 from mmdet_gdino_lora.peft_layers.insertion import insert, take_out
 from mmdet_gdino_lora.peft_layers.out_proj import in_todays_count
+
+_FOLDER_FILES = ('adapter_model.safetensors', 'adapter_model.bin')
 
 
 @torch.no_grad()
@@ -48,11 +51,11 @@ def load_adapter(detector: nn.Module, source: str, name: str) -> None:
     _check_base(detector, note, source)
     weights = in_todays_count(weights, note.get('attention_output_factor'))
     try:
-        factors = _put_in(detector, _config(note, source), name)
+        factors = _put_in(detector, _config(note, source, weights), name)
         _fill(factors, {n: w for n, w in weights.items() if is_factor(n)}, source)
         state.switch.add(name, {n: w for n, w in weights.items() if not is_factor(n)})
         set_adapter(detector, state.switch.active)
-    except ConfigError:
+    except Exception:
         take_out(detector, name)
         state.switch.remove(name)
         set_adapter(detector, state.switch.active)
@@ -62,7 +65,12 @@ def load_adapter(detector: nn.Module, source: str, name: str) -> None:
 def _put_in(detector: nn.Module, config: LoraConfig, name: str) -> dict[str, Tensor]:
     """Puts an adapter in, frozen; returns its weights by the names that they have in files."""
     requires_grad = {base_name(n): p.requires_grad for n, p in detector.named_parameters()}
-    insert(config, detector, name)
+    try:
+        insert(config, detector, name)
+    except Exception as error:  # PEFT's own, of many kinds
+        raise ConfigError(
+            f'adapter {name!r} does not go onto this detector ({error}); use its own config.'
+        ) from error
     lora_state(detector).switch.adapters_changed()
     added: dict[str, Tensor] = {}
     for parameter_name, parameter in detector.named_parameters():
@@ -146,18 +154,40 @@ def _injected(detector: nn.Module) -> LoraState:
 
 def _read(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights by plain name without adapter names, and the record that came with them."""
-    path = os.path.join(source, 'adapter_model.safetensors')
     if os.path.isdir(source):
+        paths = [os.path.join(source, name) for name in _FOLDER_FILES]
+        path = next(filter(os.path.isfile, paths), paths[0])
         weights = {name.removeprefix(PEFT_PREFIX): w for name, w in read_weights(path).items()}
-        with safe_open(path, 'pt') as file:
-            note = json.loads((file.metadata() or {}).get(RECORD, '{}'))
-        return weights, note
+        return weights, _note_in(path)
     content = read_file(source)
     state_dict = content.get('state_dict', content)
-    metadata = getattr(state_dict, '_metadata', {}).get('', {})
-    weights = {_without_adapter(name, ADAPTER): w for name, w in state_dict.items()}
+    if not isinstance(state_dict, Mapping):
+        raise ConfigError(f'{source} holds no weights; give a folder or checkpoint of an adapter.')
+    note = checked_note(_metadata_of(state_dict).get(RECORD), source)
+    found = {name: w for name, w in state_dict.items() if isinstance(w, Tensor)}
+    weights = {_without_adapter(name, ADAPTER): w for name, w in found.items()}
     weights = {n if is_factor(n) else base_name(n): w for n, w in weights.items()}
-    return weights, metadata.get(RECORD, {})
+    return weights, note
+
+
+def _metadata_of(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What torch keeps of the whole module beside a state dict."""
+    metadata = getattr(state_dict, '_metadata', None)
+    own = metadata.get('') if isinstance(metadata, Mapping) else None
+    return own if isinstance(own, Mapping) else {}
+
+
+def _note_in(path: str) -> dict[str, Any]:
+    """The record in a safetensors file's metadata; PEFT's older ``.bin`` has none."""
+    if not path.endswith('.safetensors'):
+        return {}
+    with safe_open(path, 'pt') as file:
+        text = (file.metadata() or {}).get(RECORD, 'null')
+    try:
+        note = json.loads(text)
+    except (ValueError, RecursionError):
+        note = text
+    return checked_note(note, path)
 
 
 def _without_adapter(name: str, adapter: str) -> str:
@@ -166,19 +196,37 @@ def _without_adapter(name: str, adapter: str) -> str:
     return name.replace(f'.{adapter}.', '.').removesuffix(f'.{adapter}')
 
 
-def _config(note: Mapping[str, Any], source: str) -> LoraConfig:
+def _config(note: Mapping[str, Any], source: str, weights: Mapping[str, Tensor]) -> LoraConfig:
     fields: Optional[dict] = note.get('adapter')
     if fields is None:
         path = os.path.join(source, 'adapter_config.json')
         if not os.path.isfile(path):
             raise ConfigError(f'{source} is no adapter: it says nothing of its targets and rank.')
-        with open(path, encoding='utf-8') as file:
-            fields = json.load(file)
-    fields = {k: v for k, v in fields.items() if k in LoraConfig.__dataclass_fields__}
+        fields = read_json(path)
+    # PEFT imports a module by the name that megatron_core gives.
+    known = LoraConfig.__dataclass_fields__.keys() - {'megatron_config', 'megatron_core'}
+    fields = {k: v for k, v in fields.items() if k in known}
     if isinstance(fields.get('init_lora_weights'), str):
         raise ConfigError(
             f'{source}: an adapter that rewrote its base (init_lora_weights='
             f'{fields["init_lora_weights"]!r}) cannot stand beside others; merge it.'
         )
-    fields.update(modules_to_save=None, inference_mode=False)
-    return LoraConfig(**fields)
+    _check_ranks(fields, source, weights)
+    fields.update(modules_to_save=None, inference_mode=False, auto_mapping=None)
+    try:
+        return LoraConfig(**fields)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f'{source}: peft.LoraConfig says: {error}; use another copy.') from error
+
+
+def _check_ranks(fields: Mapping[str, Any], source: str, weights: Mapping[str, Tensor]) -> None:
+    """A rank beyond every weight's size would be given memory before the misfit is noticed."""
+    largest = max((size for w in weights.values() for size in w.shape), default=0)
+    pattern = fields.get('rank_pattern') or {}
+    ranks = [fields.get('r', 1), *(pattern.values() if isinstance(pattern, dict) else [pattern])]
+    for rank in ranks:
+        if not isinstance(rank, int) or not 0 < rank <= largest:
+            raise ConfigError(
+                f'{source}: its config says rank {rank!r}, and no weight of its file has more '
+                f'than {largest} rows or columns; use another copy.'
+            )

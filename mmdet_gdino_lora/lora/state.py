@@ -131,6 +131,12 @@ class LoraState:
         return not self._loaded
 
     @property
+    def adapter_config(self) -> LoraConfig:
+        """The resolved adapter config, for those who know that there is one."""
+        assert self.injection is not None, 'a plain detector has no adapter config'
+        return self.injection.config
+
+    @property
     def config(self) -> Optional[LoraConfig]:
         """The resolved adapter config; None before injection."""
         return self.injection and self.injection.config
@@ -191,6 +197,8 @@ def lora_state(detector: nn.Module) -> LoraState:
     Returns:
         The one object that belongs to this detector.
     """
-    if not hasattr(detector, 'lora_state'):
-        detector.lora_state = LoraState()
-    return detector.lora_state
+    state = getattr(detector, 'lora_state', None)
+    if state is None:
+        state = LoraState()
+        object.__setattr__(detector, 'lora_state', state)
+    return state

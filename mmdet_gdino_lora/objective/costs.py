@@ -6,7 +6,10 @@ criterion's matcher, and called as mmdet calls a cost in its ``HungarianAssigner
 
 from __future__ import annotations
 
+from typing import Any
+
 from mmdet.registry import TASK_UTILS
+from mmengine.structures import InstanceData
 from torch import Tensor
 
 from mmdet_gdino_lora.objective.focal import span_minus_background
@@ -27,7 +30,13 @@ class BatchedCost:
         """Weighted cost [l, n, Q] of each of n targets with Q queries of l layers."""
         raise NotImplementedError
 
-    def __call__(self, pred_instances, gt_instances, img_meta: dict | None = None, **_) -> Tensor:
+    def __call__(
+        self,
+        pred_instances: InstanceData,
+        gt_instances: InstanceData,
+        img_meta: dict | None = None,
+        **_: Any,
+    ) -> Tensor:
         """mmdet's interface: one layer of one image.
 
         Args:

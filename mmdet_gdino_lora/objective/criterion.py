@@ -160,11 +160,11 @@ class GroundingDINOCriterion(nn.Module):
             ConfigError: A target (of a label that isn't -1) whose ``token_labels`` are all zero.
         """
         with torch.autocast(outputs['text_token_mask'].device.type, enabled=False):
-            targets = Targets.of(outputs, targets)
-            groups = self._groups(outputs, targets)
+            batch = Targets.of(outputs, targets)
+            groups = self._groups(outputs, batch)
             grads = [self._background(group) for group in groups]  # doesn't wait for the matching
-            matches, num_boxes = match(groups, targets, self.matcher)
-            sums = self._losses(groups, matches, grads, targets)
+            matches, num_boxes = match(groups, batch, self.matcher)
+            sums = self._losses(groups, matches, grads, batch)
             return _named(groups, sums / divisors(num_boxes, groups, sums.device))
 
     def _groups(self, outputs: Mapping[str, Any], targets: Targets) -> list[Group]:
@@ -317,8 +317,8 @@ def divisors(num_boxes: int, groups: Sequence[Group], device: torch.device) -> T
         groups: The predictions.
         device: Of the result.
     """
-    counts = [num_boxes * max(1, group.dn_groups) for group in groups for _ in group.suffixes]
-    counts = to_device(np.array(counts, dtype=np.float32), device)
+    boxes = [num_boxes * max(1, group.dn_groups) for group in groups for _ in group.suffixes]
+    counts = to_device(np.array(boxes, dtype=np.float32), device)
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     if several and torch.is_grad_enabled():
         torch.distributed.all_reduce(counts)

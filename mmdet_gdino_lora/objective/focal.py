@@ -17,6 +17,7 @@ comes out of the same numbers. Logits of -inf have p = 0: no loss, no gradient, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,7 +118,7 @@ class KnownGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, values: Sequence[Tensor], grads: Sequence[Tensor | None], *logits: Tensor
+        ctx: Any, values: Sequence[Tensor], grads: Sequence[Tensor | None], *logits: Tensor
     ) -> Tensor:
         ctx.grads = list(grads)
         ctx.dtypes = [tensor.dtype for tensor in logits]
@@ -126,7 +127,7 @@ class KnownGradient(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_values: Tensor):
+    def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
         kept = _graph_is_kept()
         scaled = []
         for grad, factor, dtype in zip(ctx.grads, grad_values.split(ctx.sizes), ctx.dtypes):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,10 +39,10 @@ class HungarianMatcher:
             ``TokenFocalCost`` 1, ``BoxL1Cost`` 5, ``BoxGIoUCost`` 2.
     """
 
-    def __init__(self, match_costs: Sequence | dict | None = None) -> None:
+    def __init__(self, match_costs: Sequence | Mapping | None = None) -> None:
         if match_costs is None:
             match_costs = (TokenFocalCost(), BoxL1Cost(), BoxGIoUCost())
-        elif isinstance(match_costs, dict):
+        elif isinstance(match_costs, Mapping):
             match_costs = [match_costs]
         costs = [TASK_UTILS.build(c) if isinstance(c, dict) else c for c in match_costs]
         if not costs:
@@ -62,14 +63,14 @@ class HungarianMatcher:
             Per image the numbers of the matched queries, ascending, and of their targets: int64,
             min(Q, N) of each.
         """
-        targets = [{'labels': t['boxes'].new_zeros(len(t['boxes'])), **t} for t in targets]
-        targets = Targets.of(outputs, targets)
-        group = decoder_group({**outputs, 'aux_outputs': None, 'decoder_outputs': None}, targets)
-        host = to_host({**targets.for_host(), 'costs': self.cost_matrix(group, targets)})
+        labelled = [{'labels': t['boxes'].new_zeros(len(t['boxes'])), **t} for t in targets]
+        batch = Targets.of(outputs, labelled)
+        group = decoder_group({**outputs, 'aux_outputs': None, 'decoder_outputs': None}, batch)
+        host = to_host({**batch.for_host(), 'costs': self.cost_matrix(group, batch)})
         costs = host.pop('costs')
-        kept = HostTargets(targets.counts, **host).kept
+        kept = HostTargets(batch.counts, **host).kept
         image, query, target = (index[0] for index in self.assign(costs, kept))
-        target = target - np.concatenate(([0], np.cumsum(targets.counts)))[image]
+        target = target - np.cumsum([0, *batch.counts])[image]
         here = [image == number for number in range(len(kept))]
         return [(torch.from_numpy(query[at]), torch.from_numpy(target[at])) for at in here]
 
@@ -147,7 +148,7 @@ class HungarianMatcher:
         return ', '.join(map(repr, self.costs))
 
 
-def batched(cost):
+def batched(cost: Any) -> Any:
     """The batched cost with the same numbers as one of mmdet's, or the cost itself.
 
     A subclass may compute something else, so only the exact classes are translated.
@@ -161,7 +162,7 @@ def batched(cost):
     return cost
 
 
-def _one_by_one(cost, pairs: Pairs, targets: Targets) -> Tensor:
+def _one_by_one(cost: Any, pairs: Pairs, targets: Targets) -> Tensor:
     """A cost with mmdet's interface, called for each layer and image; [l, n, Q]."""
     group = pairs.group
     spans = group.spans.split(targets.counts)
@@ -172,7 +173,9 @@ def _one_by_one(cost, pairs: Pairs, targets: Targets) -> Tensor:
     )
 
 
-def _of_image(cost, group: Group, layers: slice, image: int, target: dict, spans: Tensor) -> Tensor:
+def _of_image(
+    cost: Any, group: Group, layers: slice, image: int, target: dict, spans: Tensor
+) -> Tensor:
     img_meta = target.get('img_meta', {'img_shape': (1, 1)})
     height, width = img_meta['img_shape'][:2]
     size = target['boxes'].new_tensor([width, height, width, height])

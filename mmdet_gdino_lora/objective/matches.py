@@ -67,11 +67,11 @@ def match(
         index, counts = _index(group, known.spans, *pairs)
         arrays += index
         span_counts.append(counts)
-    parts = to_device(np.concatenate([array.ravel() for array in arrays]), targets.boxes.device)
-    parts = parts.split([array.size for array in arrays])
-    parts = [part.view(array.shape) for part, array in zip(parts, arrays)]
+    numbers = to_device(np.concatenate([array.ravel() for array in arrays]), targets.boxes.device)
+    split = numbers.split([array.size for array in arrays])
+    parts = [part.view(array.shape) for part, array in zip(split, arrays)]
     matches = [
-        Matches(*parts[6 * i : 6 * i + 2], tuple(parts[6 * i + 2 : 6 * i + 6]), counts)
+        Matches(parts[6 * i], parts[6 * i + 1], tuple(parts[6 * i + 2 : 6 * i + 6]), counts)
         for i, counts in enumerate(span_counts)
     ]
     return matches, known.num_boxes
@@ -98,10 +98,11 @@ def denoising_pairs(
     query = [(starts + rows - begin).reshape(-1) for rows, begin in zip(kept, first)]
     target = [np.tile(rows, group.dn_groups) for rows in kept]
     image = [np.full(len(rows), number) for number, rows in enumerate(target)]
-    return tuple(
+    images, queries, targets = (
         np.tile(np.concatenate(index).astype(np.int64), (len(group.logits), 1))
         for index in (image, query, target)
     )
+    return images, queries, targets
 
 
 def _index(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from mmengine.structures import InstanceData
 from torch import Tensor
 
 from mmdet_gdino_lora.objective import cpu
@@ -73,7 +74,9 @@ class Pairs:
             )
 
     @classmethod
-    def from_instances(cls, pred_instances, gt_instances, img_meta: dict | None) -> Pairs:
+    def from_instances(
+        cls, pred_instances: InstanceData, gt_instances: InstanceData, img_meta: dict | None
+    ) -> Pairs:
         """One layer and image in mmdet's form, as its ``HungarianAssigner`` calls a cost.
 
         Args:
@@ -88,16 +91,20 @@ class Pairs:
         def normalised(bboxes: Tensor) -> Tensor:
             return xyxy_to_cxcywh(bboxes.float() / bboxes.new_tensor([width, height] * 2))
 
-        logits = boxes = mask = spans = target_boxes = None
+        # What a cost doesn't read isn't there: predictions may be without boxes, or without logits.
+        logits = boxes = mask = spans = target_boxes = torch.empty(0)
+        count = 0
         if 'scores' in pred_instances:
             logits = pred_instances.scores[None, None]
             mask = gt_instances.text_token_mask[:1].bool()
             spans = (gt_instances.positive_maps > 0) & mask
+            count = len(spans)
         if 'bboxes' in pred_instances:
             boxes = normalised(pred_instances.bboxes)[None, None]
             target_boxes = normalised(gt_instances.bboxes)
+            count = len(target_boxes)
         group = Group([''], ['layer'], logits, boxes, mask, spans)
-        return cls(group, [len(target_boxes if spans is None else spans)], target_boxes)
+        return cls(group, [count], target_boxes)
 
     def logits(self) -> Tensor:
         """Logits [l, b, Q, U] of the b images, for the U tokens that :meth:`spans` speaks of."""

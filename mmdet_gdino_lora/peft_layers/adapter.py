@@ -59,6 +59,6 @@ def active_adapters(layer: nn.Module) -> list[Adapter]:
     ]
 
 
-def is_plain_lora(layer: nn.Module) -> bool:
+def is_plain_lora(layer: LoraLayer) -> bool:
     """Whether a LoRA layer is ``W + scaling * b @ a`` and nothing more (no DoRA, no own bias)."""
     return not layer.lora_variant and not any(layer.lora_bias.values())

@@ -8,6 +8,7 @@ from typing import Optional
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 
@@ -23,7 +24,7 @@ def peft_out_proj_factor() -> int:
     with torch.random.fork_rng(devices=[]), torch.device('cpu'), torch.no_grad():
         model = nn.ModuleDict({'attn': nn.MultiheadAttention(2, 1)})
         inject_adapter_in_model(LoraConfig(r=1, lora_alpha=1, target_modules=['attn']), model)
-        attn = model['attn']
+        attn: LoraLayer = model['attn']
         out_proj = attn.base_layer.out_proj
         before = out_proj.base_layer.weight.sum()
         out_proj.lora_A['default'].weight.fill_(1.0)

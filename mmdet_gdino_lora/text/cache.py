@@ -39,7 +39,7 @@ class Memo(LRUCache):
         return value
 
     def __copy__(self) -> Memo:
-        return Memo(self.maxsize, self._size_of)
+        return Memo(int(self.maxsize), self._size_of)
 
     def __reduce__(self) -> tuple:
         return Memo, (self.maxsize, self._size_of)

@@ -99,6 +99,14 @@ class GroundingTextEncoder(BaseModel):
         self._cached_version: Hashable = None
         self._register_load_state_dict_pre_hook(self._before_load)
 
+    is_init: bool
+
+    @property
+    def _body(self) -> _BertBody:
+        body = self.language_backbone.get_submodule('body')
+        assert isinstance(body, _BertBody)
+        return body
+
     # -------------------------------------------------------------------------------------- weights
 
     def init_weights(self) -> None:
@@ -112,7 +120,7 @@ class GroundingTextEncoder(BaseModel):
         if self.init_cfg:
             super().init_weights()
             return
-        body = self.language_backbone.body
+        body = self._body
         verbosity = logging.get_verbosity()
         # of the heads that a text model also comes with it would say at length that they are unused
         logging.set_verbosity_error()
@@ -204,7 +212,7 @@ class GroundingTextEncoder(BaseModel):
 
     def _check_length(self, batch: CaptionBatch) -> None:
         longest = max(map(len, batch.segments))
-        positions = self.language_backbone.body.model.config.max_position_embeddings
+        positions = self._body.model.config.max_position_embeddings
         if longest > positions:
             raise ConfigError(
                 f'a phrase of {longest} tokens is longer than the {positions} positions of the '
@@ -240,7 +248,7 @@ class GroundingTextEncoder(BaseModel):
             self.clear_cache()
             self._cached_version = version
         precision = _autocast_dtype(device)
-        features = [self._cache.get((precision, segment)) for segment in segments]
+        features: list[Any] = [self._cache.get((precision, segment)) for segment in segments]
         missing = [number for number, known in enumerate(features) if known is None]
         if missing:
             new = [segments[number] for number in missing]
@@ -255,7 +263,7 @@ class GroundingTextEncoder(BaseModel):
     def _encode_segments(
         self, segments: Sequence[Segment], device: torch.device
     ) -> tuple[Tensor, np.ndarray]:
-        body = self.language_backbone.body
+        body = self._body
         positions = body.model.config.max_position_embeddings
         parts = chunks(segments, self._pad_id, positions)
         numbers = to_device(

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.files.read import shards_of
 
 _T = TypeVar('_T')
 
@@ -64,7 +65,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: As :func:`text_model`.
     """
-    return text_model(name, AutoTokenizer.from_pretrained, use_fast=True)
+    return text_model(name, AutoTokenizer.from_pretrained, use_fast=True, trust_remote_code=False)
 
 
 def looks_like_path(name: str) -> bool:
@@ -94,6 +95,15 @@ def _check_config_file(what: str, folder: str) -> None:
             f'{what} can not be read, its config.json is no JSON: {_first_line(error)}; download '
             'it again'
         ) from error
+    if os.path.isfile(os.path.join(folder, 'adapter_config.json')):
+        # transformers would read the model that this names instead, wherever that is.
+        raise ConfigError(
+            f'{what}: its adapter_config.json names another model, and the folder is to hold the '
+            'text model itself; remove that file, or give the folder of the model'
+        )
+    for index in ('model.safetensors.index.json', 'pytorch_model.bin.index.json'):
+        if os.path.isfile(os.path.join(folder, index)):
+            shards_of(os.path.join(folder, index))
 
 
 def _told(error: Exception, in_folder: bool) -> Optional[str]:
@@ -101,6 +111,11 @@ def _told(error: Exception, in_folder: bool) -> Optional[str]:
     reason = _first_line(error)
     if isinstance(error, ImportError):
         return f' needs a package that is missing: {reason}; install it'
+    if 'custom code' in reason:
+        return (
+            ' comes with code of its own (auto_map in its config files), which is never run; give '
+            'a BERT that transformers knows'
+        )
     # of a name that isn't one on the hub, huggingface_hub says so with a ValueError
     not_there = OSError if in_folder else (OSError, ValueError)
     if isinstance(error, not_there) or _is_of_network(error):

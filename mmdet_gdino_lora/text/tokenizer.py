@@ -309,13 +309,28 @@ class CaptionTokenizer:
 
         spans = [[list(span) for span in phrase] for phrase in char_spans]
         if labels is None:
-            per_class = [tuple(names), tuple(token_spans), CharSpans(spans)]
-            per_class.append(None if made_of is None else tuple(made_of))
-        else:
-            values = (names, token_spans, map(CharSpans, spans))
-            per_class = [dict(zip(labels, value)) for value in values]
-            per_class.append(None if made_of is None else dict(zip(labels, made_of)))
-        return TokenizedCaption(text, input_ids, segment_ids, position_ids, *per_class, sampled)
+            return TokenizedCaption(
+                text,
+                input_ids,
+                segment_ids,
+                position_ids,
+                tuple(names),
+                tuple(token_spans),
+                CharSpans(spans),
+                None if made_of is None else tuple(made_of),
+                sampled,
+            )
+        return TokenizedCaption(
+            text,
+            input_ids,
+            segment_ids,
+            position_ids,
+            dict(zip(labels, names)),
+            dict(zip(labels, token_spans)),
+            dict(zip(labels, map(CharSpans, spans))),
+            None if made_of is None else dict(zip(labels, made_of)),
+            sampled,
+        )
 
     def _piece(self, name: ClassName) -> _Piece:
         piece = self._pieces.get(name)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,7 +45,15 @@ def attend(
 
 class _DropoutAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, mask, dropout: float, seed: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        dropout: float,
+        seed: int,
+    ) -> Tensor:
         ctx.save_for_backward(query, key, value, mask)
         ctx.dropout, ctx.seed = dropout, seed
         # Heads inside the queries, as the next layer wants them.
@@ -54,7 +65,7 @@ class _DropoutAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask = ctx.saved_tensors
         scale = query.shape[-1] ** -0.5
         grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
@@ -67,7 +78,9 @@ class _DropoutAttention(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def _heads(query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, seed: int):
+def _heads(
+    query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, seed: int
+) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
     """Yield each image and head, its attention weights [Q, K], and what dropout multiplies with."""
     generator = torch.Generator().manual_seed(seed)
     scale = query.shape[-1] ** -0.5

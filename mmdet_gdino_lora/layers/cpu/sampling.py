@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +103,9 @@ def _points(shapes: Shapes, locations: Tensor, num_rows: int) -> _Points:
 
 class _SampleLevels(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
+    def forward(
+        ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes
+    ) -> Tensor:
         ctx.save_for_backward(value, locations, weights)
         ctx.shapes = shapes
         features = value.view(-1, value.shape[-1])
@@ -116,7 +118,7 @@ class _SampleLevels(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         value, locations, weights = ctx.saved_tensors
         features = value.view(-1, value.shape[-1])
         grad = grad.reshape(-1, value.shape[-1])

@@ -101,10 +101,11 @@ def resolve_targets(
     if config.target_modules:
         chosen = user_targets(detector, config)
         frozen = sorted(frozen_by_backbone(detector).intersection(chosen))
+        stages = getattr(detector.backbone, 'frozen_stages', None)
         if frozen:
             raise ConfigError(
                 f'lora.target_modules matches {frozen[0]!r}, which backbone.frozen_stages='
-                f'{detector.backbone.frozen_stages} freezes together with its adapter; set '
+                f'{stages} freezes together with its adapter; set '
                 'backbone.frozen_stages=-1 (the base stays frozen anyway) or leave it out.'
             )
         wanted += chosen

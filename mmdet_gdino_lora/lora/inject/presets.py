@@ -153,7 +153,7 @@ def _unused_prefixes(detector: nn.Module) -> Iterable[str]:
     """Prefixes of backbone stages behind the last one whose output the neck reads."""
     backbone = getattr(detector, 'backbone', None)
     out_indices = getattr(backbone, 'out_indices', None)
-    if not out_indices:
+    if backbone is None or not out_indices:
         return
     last = max(out_indices)
     if hasattr(backbone, 'stages'):  # Swin: a stage's downsampling belongs to the next one

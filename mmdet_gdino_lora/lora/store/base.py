@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
-import json
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
-from urllib.error import URLError
-from urllib.parse import urlparse
 
 import torch
-from mmengine.dist import barrier, is_main_process
 from mmengine.logging import MMLogger
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mmdet_gdino_lora.engine.safe_load import allow_mmengine_checkpoints
 from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.files.download import fetch_url, is_url
+from mmdet_gdino_lora.files.read import read_file, shards_of
 from mmdet_gdino_lora.lora.state import Base, lora_state
 from mmdet_gdino_lora.lora.store.convert import check_scores, release_of, to_mmdet
 from mmdet_gdino_lora.lora.tensors import LABEL_EMBEDDING, plain_tensors
@@ -238,7 +231,7 @@ def fingerprint(tensors: Mapping[str, Tensor], absent: Sequence[str] = ()) -> di
         tensor = tensors[name].detach().cpu().contiguous()
         head = f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode()
         hasher = hashlib.blake2b(head, digest_size=16)
-        hasher.update(tensor.flatten().view(torch.uint8).numpy())
+        hasher.update(tensor.flatten().view(torch.uint8).numpy().data)
         return hasher.digest()
 
     names = sorted(n for n in tensors if n not in absent and _counts(n))
@@ -264,32 +257,17 @@ def fetch(source: str) -> str:
     Raises:
         ConfigError: If there is no such file, or the URL can't be reached.
     """
-    if urlparse(source).scheme not in ('http', 'https'):
-        path = os.path.expanduser(source)
-        if os.path.isdir(path):
-            inside = [os.path.join(path, name) for name in _FOLDER_FILES]
-            path = next(filter(os.path.isfile, inside), '')
-        if not os.path.isfile(path):
-            raise ConfigError(
-                f'base_checkpoint={source!r}: there is no such file; give the path or URL of a '
-                f'checkpoint, or a folder with one of {", ".join(_FOLDER_FILES)}.'
-            )
-        return path
-    folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
-    path = os.path.join(folder, os.path.basename(urlparse(source).path))
-    failure: Optional[Exception] = None
-    if not os.path.exists(path) and is_main_process():
-        os.makedirs(folder, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(source, path)
-        except (URLError, OSError) as error:
-            failure = error
-    barrier()
-    if not os.path.exists(path):
+    if is_url(source):
+        return fetch_url(source)
+    path = os.path.expanduser(source)
+    if os.path.isdir(path):
+        inside = [os.path.join(path, name) for name in _FOLDER_FILES]
+        path = next(filter(os.path.isfile, inside), '')
+    if not os.path.isfile(path):
         raise ConfigError(
-            f'base_checkpoint={source!r} cannot be downloaded ({failure or "see rank 0"}); fetch '
-            f'it elsewhere and put it at {path}, or give the path of a local copy.'
-        ) from failure
+            f'base_checkpoint={source!r}: there is no such file; give the path or URL of a '
+            f'checkpoint, or a folder with one of {", ".join(_FOLDER_FILES)}.'
+        )
     return path
 
 
@@ -307,11 +285,9 @@ def read_weights(path: str) -> dict[str, Tensor]:
         ConfigError: If the file is truncated, damaged, or holds other things than plain weights.
     """
     if path.endswith('.index.json'):
-        with open(path, encoding='utf-8') as file:
-            shards = sorted(set(json.load(file)['weight_map'].values()))
-        content = {}
-        for shard in shards:
-            content.update(read_file(os.path.join(os.path.dirname(path), shard)))
+        content: dict[str, Any] = {}
+        for shard in shards_of(path):
+            content.update(read_file(shard))
     else:
         content = read_file(path)
     for key in ('state_dict', 'model'):
@@ -322,38 +298,3 @@ def read_weights(path: str) -> dict[str, Tensor]:
     if not weights:
         raise ConfigError(f'{path} holds no weights; give a checkpoint of a detector.')
     return {name[7:] if name.startswith('module.') else name: w for name, w in weights.items()}
-
-
-def read_file(path: str) -> dict[str, Any]:
-    """Reads what a checkpoint file holds, safely.
-
-    Args:
-        path: ``.safetensors`` or a file of ``torch.save``.
-
-    Returns:
-        Its top-level dict, tensors on the CPU.
-
-    Raises:
-        ConfigError: As for :func:`read_weights`.
-    """
-    allow_mmengine_checkpoints()
-    try:
-        if path.endswith('.safetensors'):
-            return load_file(path)
-        content = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError as error:
-        raise ConfigError(f'{path}: there is no such file.') from error
-    except pickle.UnpicklingError as error:
-        reason = str(error).split('\n')[0]
-        raise ConfigError(
-            f'{path} is damaged or holds more than weights, and is not read because that could run '
-            f'code ({reason}); use another copy, or a .safetensors file.'
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise ConfigError(
-            f'{path} cannot be read ({str(error).splitlines()[0] if str(error) else "empty file"}):'
-            ' it is truncated or no checkpoint; copy or download it again.'
-        ) from error
-    if not isinstance(content, dict):
-        raise ConfigError(f'{path} holds a {type(content).__name__}, not a dict of weights.')
-    return content

@@ -43,6 +43,7 @@ from mmdet_gdino_lora.peft_layers.out_proj import in_todays_count, peft_out_proj
 RECORD = 'mmdet_gdino_lora'
 """Key of the record in a state dict's metadata, and in a safetensors file's."""
 
+_BASE_FIELDS = dict(source=str, path=str, fingerprint=dict, absent=list)
 _MEANING = ('r', 'lora_alpha', 'use_rslora', 'use_dora', 'rank_pattern', 'alpha_pattern')
 
 
@@ -74,7 +75,7 @@ def record(detector: nn.Module) -> dict[str, Any]:
     base = state.base
     return dict(
         format=1,
-        adapter=json.loads(json.dumps(state.config.to_dict(), default=_listed)),
+        adapter=json.loads(json.dumps(state.adapter_config.to_dict(), default=_listed)),
         preset=state.preset,
         changed=sorted(state.changed),
         attention_output_factor=peft_out_proj_factor(),
@@ -86,6 +87,36 @@ def record(detector: nn.Module) -> dict[str, Any]:
             absent=sorted(base.absent),
         ),
     )
+
+
+def checked_note(note: Any, what: str) -> dict[str, Any]:
+    """Takes a record out of a file, where it may have been damaged or spliced.
+
+    Args:
+        note: As found; None where there is none.
+        what: The file, for the message.
+
+    Returns:
+        The record; empty where there is none.
+
+    Raises:
+        ConfigError: If it is no record as :func:`record` makes it.
+    """
+    if note is None:
+        return {}
+    fits = isinstance(note, dict) and all(
+        isinstance(note.get(key), (kind, type(None)))
+        for key, kind in (('adapter', dict), ('changed', list), ('base', dict))
+    )
+    fits = fits and isinstance(note.get('attention_output_factor'), (int, float, type(None)))
+    base = (note.get('base') if fits else None) or {}
+    fits = fits and (not base or base.keys() == _BASE_FIELDS.keys())
+    if not fits or not all(isinstance(base[k], _BASE_FIELDS[k]) for k in base):
+        raise ConfigError(
+            f'{what}: the record of its adapter ({RECORD}) is damaged or of another version; use '
+            'another copy.'
+        )
+    return note
 
 
 def _listed(value: Any) -> Any:
@@ -133,7 +164,7 @@ def _load(
     incoming = {n[len(prefix) :]: v for n, v in state_dict.items() if n.startswith(prefix)}
     if not incoming:
         return
-    note = local_metadata.get(RECORD)
+    note = checked_note(local_metadata.get(RECORD), 'the checkpoint')
     if state.config is None:
         if any('.lora_' in name for name in incoming):
             raise ConfigError(
@@ -156,11 +187,12 @@ def _load(
 
 def _from_plain(detector: nn.Module, incoming: dict[str, Tensor]) -> dict[str, Tensor]:
     state = lora_state(detector)
-    if reads_base(state.config):
+    config = state.adapter_config
+    if reads_base(config):
         raise ConfigError(
             'load_from brings the base after adapters were initialised from other weights '
-            f'(lora.init_lora_weights={state.config.init_lora_weights!r}, lora.use_dora='
-            f'{state.config.use_dora}): use base_checkpoint= in the model instead.'
+            f'(lora.init_lora_weights={config.init_lora_weights!r}, lora.use_dora='
+            f'{config.use_dora}): use base_checkpoint= in the model instead.'
         )
     source = str(runner_config().get('load_from') or '')
     state.stands_on(fit_base(detector, in_mmdet_names(detector, incoming), source))
@@ -212,8 +244,8 @@ def _check_adapter(
                 continue
             raise ConfigError(
                 f'the adapter in the checkpoint does not fit: {name} is {tuple(value.shape)} there '
-                f'and {tuple(parameters[name].shape)} in the model (lora.r={state.config.r}); '
-                'use the config that it was trained with.'
+                f'and {tuple(parameters[name].shape)} in the model '
+                f'(lora.r={state.adapter_config.r}); use the config that it was trained with.'
             )
     theirs = {name for name in incoming if '.lora_' in name}
     ours = {name for name in parameters if is_factor(name, ADAPTER)}
@@ -256,9 +288,9 @@ def check_base(detector: nn.Module, base: Mapping[str, Any]) -> None:
         ConfigError: If the base isn't found, or the detector stands on another one.
     """
     state = lora_state(detector)
-    wanted = Base(**_base_fields(base))
-    if state.base is None:
-        if reads_base(state.config):
+    wanted, here = Base(**_base_fields(base)), state.base
+    if here is None:
+        if reads_base(state.adapter_config):
             raise ConfigError(
                 f'the adapter was initialised from its base {wanted}: set '
                 f'model.base_checkpoint={wanted.source!r}.'
@@ -271,15 +303,16 @@ def check_base(detector: nn.Module, base: Mapping[str, Any]) -> None:
                 f'the adapter needs its base {wanted}, which is not at {wanted.source!r} any more; '
                 f'set model.base_checkpoint to where it lies now ({error})'
             ) from error
-        base_found = fit_base(detector, weights, found)
-        state.stands_on(dataclasses.replace(base_found, source=wanted.source))
+        here = fit_base(detector, weights, found)
+        here = dataclasses.replace(here, source=wanted.source)
+        state.stands_on(here)
         MMLogger.get_current_instance().info('Base of the adapter loaded from %s', found)
-    theirs, ours = wanted.fingerprint, state.base.fingerprint
+    theirs, ours = wanted.fingerprint, here.fingerprint
     differing = sorted(g for g in {*theirs, *ours} if theirs.get(g) != ours.get(g))
-    if wanted.absent != state.base.absent:  # other classes
+    if wanted.absent != here.absent:  # other classes
         differing = [group for group in differing if group != LABEL_EMBEDDING.split('.')[0]]
     if differing:
         raise ConfigError(
-            f'the adapter was trained on the base {wanted} and the model stands on {state.base}, '
+            f'the adapter was trained on the base {wanted} and the model stands on {here}, '
             f'whose {", ".join(differing)} differ; set base_checkpoint to the former.'
         )

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Optional
 
 import torch
-from torch import Tensor, nn
+from mmdet.models.detectors import GroundingDINO
+from torch import Tensor
 
 from mmdet_gdino_lora.errors import ConfigError
 
@@ -202,14 +203,14 @@ def from_mmdet(weights: Mapping[str, Tensor], release: str) -> dict[str, Tensor]
         if '.downsample.' in name:
             tensor = _merge_order(tensor, to_unfold=False)
         sources = _sources(name, release, weights)[0]
-        parts = tensor.chunk(len(sources))
+        parts = list(tensor.chunk(len(sources)))
         if 'class_embed' in sources[0]:  # a number there, a vector of one here
             parts = [part.reshape(()) for part in parts]
         result.update((source, part.clone()) for source, part in zip(sources, parts))
     return result
 
 
-def check_scores(detector: nn.Module, weights: Mapping[str, Tensor], release: str) -> None:
+def check_scores(detector: GroundingDINO, weights: Mapping[str, Tensor], release: str) -> None:
     """Checks that the detector computes scores from features as the release does.
 
     Args:

@@ -68,7 +68,7 @@ def export_adapter(
     Raises:
         ConfigError: For a freed parameter that PEFT's format has no place for.
     """
-    config = lora_state(detector).config
+    config = lora_state(detector).adapter_config
     saved = _saved_modules(detector)
     exported = dataclasses.replace(
         config,
@@ -163,8 +163,8 @@ def _card(detector: nn.Module, classes: Sequence[str], metrics: Mapping[str, flo
         '# Grounding DINO adapter',
         '',
         f'- base: `{state.base or base}`',
-        f'- preset: `{state.preset}`, {len(state.targets)} modules, r={state.config.r}, '
-        f'alpha={state.config.lora_alpha}',
+        f'- preset: `{state.preset}`, {len(state.targets)} modules, r={state.adapter_config.r}, '
+        f'alpha={state.adapter_config.lora_alpha}',
         f'- trained: {report.num_trained:,} of {report.total:,} parameters',
     ]
     if classes:

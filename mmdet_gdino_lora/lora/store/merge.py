@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from mmdet_gdino_lora.lora.tensors import (
 )
 from mmdet_gdino_lora.peft_layers.attention import FrozenMultiheadAttention
 from mmdet_gdino_lora.peft_layers.layers import adapter_layers
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 
 @torch.no_grad()
@@ -51,13 +54,14 @@ def merged_weights(
     tuned = unrounded(detector, tensors, base)
     for name, layer in adapter_layers(detector).items():
         tuned.update(_merged_layer(name, layer, tuned))
-    if labels_missing and LABEL_EMBEDDING in base:
-        tuned[LABEL_EMBEDDING] = base[LABEL_EMBEDDING].float()
+    known = base or {}  # at scale 1 nobody may have asked for it
+    if labels_missing and LABEL_EMBEDDING in known:
+        tuned[LABEL_EMBEDDING] = known[LABEL_EMBEDDING].float()
     if scale == 1:
         return tuned
     return {
-        name: _between(base[name], tensor, scale)
-        if name in base and base[name].shape == tensor.shape
+        name: _between(known[name], tensor, scale)
+        if name in known and known[name].shape == tensor.shape
         else tensor
         for name, tensor in tuned.items()
     }
@@ -69,16 +73,16 @@ def _merged_layer(name: str, layer: nn.Module, weights: Mapping[str, Tensor]) ->
     In the base's half precision most of an adapter is lost: bfloat16 keeps 8 bits of the sum, and
     adapters are small beside what they are added to.
     """
-    layer = copy.deepcopy(layer).float()
-    for key, tensor in named_tensors(layer).items():
+    copied: LoraLayer = copy.deepcopy(layer).float()
+    for key, tensor in named_tensors(copied).items():
         if not is_factor(f'{name}.{key}'):
             tensor.copy_(weights[base_name(f'{name}.{key}')])
-    if isinstance(layer, FrozenMultiheadAttention):
-        packed, output = layer.effective_weights(list(layer.active_adapters))
+    if isinstance(copied, FrozenMultiheadAttention):
+        packed, output = copied.effective_weights(list(copied.active_adapters))
         merged = {'in_proj_weight': packed, 'out_proj.weight': output}
     else:
-        layer.merge(safe_merge=True)
-        merged = dict(layer.get_base_layer().named_parameters())
+        copied.merge(safe_merge=True)
+        merged = dict(copied.get_base_layer().named_parameters())
     return {f'{name}.{key}': tensor.detach().cpu() for key, tensor in merged.items()}
 
 

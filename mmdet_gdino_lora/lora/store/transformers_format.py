@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from mmdet.models.detectors import GroundingDINO
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GroundingDinoConfig, GroundingDinoImageProcessor, SwinConfig
 
 from mmdet_gdino_lora.engine.atomic import atomic
@@ -17,7 +18,7 @@ from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora.store.convert import TRANSFORMERS, from_mmdet
 
 
-def write_transformers(folder: str, detector: nn.Module, weights: Mapping[str, Tensor]) -> str:
+def write_transformers(folder: str, detector: GroundingDINO, weights: Mapping[str, Tensor]) -> str:
     """Writes ``config.json``, ``model.safetensors``, the tokenizer and the image processor.
 
     Scores that are scaled and biased (MM Grounding DINO) become transformers'
@@ -70,7 +71,7 @@ def write_transformers(folder: str, detector: nn.Module, weights: Mapping[str, T
     return name
 
 
-def _modeling(detector: nn.Module) -> tuple[Any, str]:
+def _modeling(detector: GroundingDINO) -> tuple[Any, str]:
     branch = detector.bbox_head.cls_branches[0]
     if branch.log_scale in (None, 'none') and branch.bias is None:
         return _module('grounding_dino'), 'GroundingDino'
@@ -92,7 +93,7 @@ def _module(name: str) -> Any:
     return importlib.import_module(f'transformers.models.{name}.modeling_{name}')
 
 
-def _config(detector: nn.Module, family: str) -> GroundingDinoConfig:
+def _config(detector: GroundingDINO, family: str) -> GroundingDinoConfig:
     backbone, encoder, decoder = detector.backbone, detector.encoder, detector.decoder
     if type(backbone).__name__ != 'SwinTransformer':
         raise ConfigError(
@@ -148,7 +149,7 @@ def _config(detector: nn.Module, family: str) -> GroundingDinoConfig:
     )
 
 
-def _check_special_tokens(detector: nn.Module, modeling: Any) -> None:
+def _check_special_tokens(detector: GroundingDINO, modeling: Any) -> None:
     tokenizer = detector.language_model.tokenizer
     ours = tokenizer.convert_tokens_to_ids(['[CLS]', '[SEP]', '.', '?'])
     if sorted(ours) != sorted(modeling.SPECIAL_TOKENS):
