@@ -8,7 +8,7 @@ from typing import Any
 
 from mmdet_gdino_lora.checks.annotations import Boxes, check_annotations, places_read
 from mmdet_gdino_lora.checks.classes import check_classes
-from mmdet_gdino_lora.checks.coco_file import CocoFile, check_entries, read_coco
+from mmdet_gdino_lora.checks.coco_file import CocoFile, check_entries, read_coco, uncollected
 from mmdet_gdino_lora.checks.findings import Finding
 from mmdet_gdino_lora.checks.images import check_images
 from mmdet_gdino_lora.checks.names import check_names, reader_of
@@ -20,7 +20,7 @@ def check_coco(
     classes: Sequence[str],
     model: Mapping[str, Any],
     trains: bool,
-) -> Iterator[Finding]:
+) -> list[Finding]:
     """Checks a data set whose files are on this machine.
 
     What comes later stands on what comes before: behind a fatal finding nothing more is looked at.
@@ -32,18 +32,21 @@ def check_coco(
         model: The model's config, whose text model reads the names.
         trains: Whether it is trained from; else it is measured on.
 
-    Yields:
+    Returns:
         Findings.
 
     Raises:
         ConfigError: The annotation file is none, or no caption can be made of the names.
     """
     path = os.path.join(dataset.get('data_root') or '', dataset['ann_file'])
-    coco = read_coco(path, f'{key}.ann_file={path!r}')
-    for found in _in_order(key, dataset, classes, model, trains, coco):
-        yield from found
-        if any(finding.fatal for finding in found):
-            return
+    findings: list[Finding] = []
+    with uncollected():
+        coco = read_coco(path, f'{key}.ann_file={path!r}')
+        for found in _in_order(key, dataset, classes, model, trains, coco):
+            findings += found
+            if any(finding.fatal for finding in found):
+                break
+    return findings
 
 
 def _in_order(
