@@ -8,4 +8,19 @@ class ConfigError(ValueError):
 
     The message is one sentence that names the file or the config key, the value found there and
     the remedy. ``tools/*.py`` print it without a traceback and exit with status 2.
+
+    Args:
+        message: The sentence. What torch makes of one that was raised in a loader's worker (its
+            traceback, in the message of a new exception of this class) is taken for the sentence
+            in there.
     """
+
+    def __init__(self, message: str = '') -> None:
+        super().__init__(_sentence(str(message)))
+
+
+def _sentence(message: str) -> str:
+    begin = f'{__name__}.ConfigError: '
+    if not (message.startswith('Caught ConfigError in ') and f'\n{begin}' in message):
+        return message
+    return message.rpartition(f'\n{begin}')[2].strip()

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 from mmengine.config import Config
 
+from mmdet_gdino_lora.checks.coco_file import read_coco
 from mmdet_gdino_lora.datasets.shapes import NEW_CLASSES, Split, write_shapes
-from mmdet_gdino_lora.engine.preflight import PreflightHook, category_names, check_config
+from mmdet_gdino_lora.engine.preflight import PreflightHook, check_config
 from mmdet_gdino_lora.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -145,9 +146,9 @@ def test_category_names_are_read_wherever_they_stand(tmp_path):
     file = tmp_path / 'annotations.json'
     categories = [dict(id=2, name='b'), dict(id=1, name='a ] "categories": [')]
     file.write_text(json.dumps(dict(categories=categories, info=dict(categories=[1]), images=[])))
-    assert category_names(str(file)) == ['b', 'a ] "categories": [']
+    assert read_coco(str(file)).names == ['b', 'a ] "categories": [']
     file.write_text(json.dumps(dict(images=[], categories=categories[:1])))
-    assert category_names(str(file)) == ['b']
+    assert read_coco(str(file)).names == ['b']
 
 
 def test_the_hook_checks_what_will_run(cfg):

@@ -36,12 +36,15 @@ def main() -> None:
     from mmengine.config import Config
 
     import mmdet_gdino_lora  # noqa: F401  first of all: it checks the environment
+    from mmdet_gdino_lora.checks.findings import tell
+    from mmdet_gdino_lora.checks.names import check_texts
     from mmdet_gdino_lora.errors import ConfigError
     from mmdet_gdino_lora.text import split_names
 
     names = split_names(args.texts)
     if not names:
         raise ConfigError(f'--texts {args.texts!r} names nothing; write "red star . dog"')
+    tell(check_texts('--texts', args.texts, names))
     for what, path in dict(config=args.config, image=args.image).items():
         if not os.path.isfile(path):
             raise ConfigError(f'{what} {path!r}: no such file')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable
 from typing import Optional
 
@@ -28,6 +29,8 @@ class Finding:
 def tell(findings: Iterable[Finding], logger: Optional[MMLogger] = None) -> None:
     """Warns of what a run can bear, and stops it at what it can't.
 
+    Of several processes the first alone warns; all of them stop.
+
     Args:
         findings: Of all checks; none is told twice.
         logger: Of the run; the current one where None.
@@ -37,8 +40,14 @@ def tell(findings: Iterable[Finding], logger: Optional[MMLogger] = None) -> None
     """
     found = list(dict.fromkeys(findings))
     for finding in found:
-        if not finding.fatal:
+        if not finding.fatal and _rank() == 0:
             (logger or MMLogger.get_current_instance()).warning(finding.sentence)
     for finding in found:
         if finding.fatal:
             raise ConfigError(finding.sentence)
+
+
+def _rank() -> int:
+    """Rank of this process, whose group may not have been set up yet."""
+    names = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)

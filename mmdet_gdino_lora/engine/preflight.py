@@ -7,9 +7,7 @@ and numbers the rest in the file's order, whatever the order in the config, in s
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,9 @@ from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS, HOOKS
 from mmengine.hooks import Hook
 
+from mmdet_gdino_lora.checks.coco_file import need_no_folder
+from mmdet_gdino_lora.checks.dataset import check_coco
+from mmdet_gdino_lora.checks.findings import tell
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.text.caption import clean_name
 
@@ -40,7 +41,7 @@ def check_config(cfg: Mapping[str, Any], stages: Sequence[str] = ('train', 'val'
     _check_compile(cfg)
     for stage in stages:
         for key, dataset in _datasets(f'{stage}_dataloader', cfg.get(f'{stage}_dataloader')):
-            check_dataset(key, dataset)
+            check_dataset(key, dataset, cfg.get('model') or {})
             if stage == 'train' and _is_coco(dataset):
                 _check_retain(cfg, key, _config_classes(key, dataset))
         for key, metric in _metrics(f'{stage}_evaluator', cfg.get(f'{stage}_evaluator')):
@@ -76,12 +77,13 @@ def _as_prompted(name: str) -> str:
     return clean_name(str(name)).strip().lower()
 
 
-def check_dataset(key: str, dataset: Mapping[str, Any]) -> None:
-    """Checks that a data set's files are there and hold the classes that the config names.
+def check_dataset(key: str, dataset: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """Checks that a data set's files are there and hold what can be learned from or measured on.
 
     Args:
         key: Where it stands in the config, such as ``train_dataloader.dataset``.
         dataset: Its config.
+        model: The model's config.
 
     Raises:
         ConfigError: See :func:`check_config`.
@@ -94,6 +96,8 @@ def check_dataset(key: str, dataset: Mapping[str, Any]) -> None:
         )
     for name in ('ann_file', 'label_map_file'):
         if dataset.get(name):
+            if _is_coco(dataset):
+                need_no_folder(f'{key}.{name}', os.path.join(root, dataset[name]))
             _need_file(f'{key}.{name}', dataset[name], root)
     for name, folder in (dataset.get('data_prefix') or {}).items():
         path = os.path.join(root, folder)
@@ -111,67 +115,8 @@ def check_dataset(key: str, dataset: Mapping[str, Any]) -> None:
         )
     path = os.path.join(root, dataset['ann_file'])
     if not _is_remote(path):
-        check_class_names(key, _config_classes(key, dataset), path)
-
-
-def check_class_names(key: str, classes: Sequence[str], ann_file: str) -> None:
-    """Checks that a data set's class names are categories of its annotation file, in its order.
-
-    Args:
-        key: Where the data set stands in the config.
-        classes: Names that the data set will use.
-        ann_file: COCO json.
-
-    Raises:
-        ConfigError: Names are missing from the file, or stand in another order than there.
-    """
-    found = category_names(ann_file)
-    missing = [name for name in classes if name not in found]
-    if missing:
-        which = 'none' if len(missing) == len(classes) else f'{len(missing)} of {len(classes)} not'
-        raise ConfigError(
-            f'{key}.metainfo.classes: {which} among the categories of {ann_file} ({_some(missing)} '
-            f'{"is" if len(missing) == 1 else "are"} missing), so their boxes would be dropped; '
-            f'set metainfo=dict(classes=...) to names of the file, which has {_some(found, 20)}'
-        )
-    in_file_order = [name for name in found if name in set(classes)]
-    if in_file_order != list(classes):
-        raise ConfigError(
-            f'{key}.metainfo.classes: the names stand in another order than the categories of '
-            f"{ann_file}, and mmdet numbers labels in the file's order, so boxes would get other "
-            f'names; set metainfo=dict(classes={_tuple(in_file_order)})'
-        )
-
-
-def category_names(ann_file: str) -> list[str]:
-    """Category names of a COCO file, in its order.
-
-    COCO's own files have hundreds of megabytes and the categories at their end: only that part is
-    parsed where it can be found.
-
-    Args:
-        ann_file: Path of the json.
-
-    Returns:
-        The names.
-
-    Raises:
-        ConfigError: It is no COCO file.
-    """
-    text = Path(ann_file).read_text(encoding='utf-8')
-    categories = None
-    starts = [match.end() for match in re.finditer(r'"categories"\s*:\s*(?=\[)', text)]
-    try:
-        if len(starts) == 1:
-            categories = json.JSONDecoder().raw_decode(text, starts[0])[0]
-        else:
-            categories = json.loads(text)['categories']
-        return [category['name'] for category in categories]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f'{ann_file} is not an annotation file in COCO format (a json with images, '
-            f'annotations and categories): {type(error).__name__}: {error}'
-        ) from error
+        classes = _config_classes(key, dataset)
+        tell(check_coco(key, dataset, classes, model, trains=key.startswith('train_')))
 
 
 @HOOKS.register_module()
@@ -272,7 +217,3 @@ def _seen_from(path: str) -> str:
 def _some(names: Sequence[str], count: int = 5) -> str:
     shown = ', '.join(repr(name) for name in names[:count])
     return shown + (f' and {len(names) - count} more' if len(names) > count else '')
-
-
-def _tuple(names: Sequence[str]) -> str:
-    return repr(tuple(names)) if len(names) <= 20 else f'<the {len(names)} names in that order>'

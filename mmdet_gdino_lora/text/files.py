@@ -7,6 +7,7 @@ import os
 import pickle
 from typing import Any, Callable, Optional, TypeVar
 
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -14,6 +15,9 @@ from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.files.read import shards_of
 
 _T = TypeVar('_T')
+
+#: Files that a tokenizer's words are in; a folder needs one of them.
+_VOCABULARIES = ('vocab.txt', 'tokenizer.json')
 
 #: What files in a folder that are damaged, or of another model, end in.
 _UNREADABLE = (ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError)
@@ -63,9 +67,37 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         The tokenizer.
 
     Raises:
-        ConfigError: As :func:`text_model`.
+        ConfigError: As :func:`text_model`; or a folder has no vocabulary, in which transformers
+            would take every word for an unknown one.
     """
-    return text_model(name, AutoTokenizer.from_pretrained, use_fast=True, trust_remote_code=False)
+    tokenizer = text_model(
+        name, AutoTokenizer.from_pretrained, use_fast=True, trust_remote_code=False
+    )
+    folder = os.path.expanduser(name)
+    if os.path.isdir(folder) and not any(
+        os.path.isfile(os.path.join(folder, file)) for file in _VOCABULARIES
+    ):
+        raise ConfigError(
+            f'text model {name!r} (language_model.name) has neither vocab.txt nor tokenizer.json, '
+            f'so that every word would be read as {tokenizer.unk_token}; put the vocab.txt of the '
+            "base's text model beside its config.json"
+        )
+    return tokenizer
+
+
+def is_at_hand(name: str) -> bool:
+    """Tells whether a tokenizer can be loaded without the network.
+
+    Args:
+        name: Folder, or name on the Hugging Face hub.
+
+    Returns:
+        True for whatever can only be a folder, be it there or not, and for names on the hub whose
+        vocabulary lies in the cache.
+    """
+    if looks_like_path(name) or os.path.isdir(os.path.expanduser(name)):
+        return True
+    return any(isinstance(try_to_load_from_cache(name, file), str) for file in _VOCABULARIES)
 
 
 def looks_like_path(name: str) -> bool:
