@@ -50,7 +50,7 @@ OBJECTIVE = [
         '(group.num_queries // group.dn_groups)', '(group.num_queries // group.dn_groups // 2)',
         'test_criterion'),
     _of('objective', 'objective/criterion.py', 'denoising groups count the boxes once',
-        'counts = [num_boxes * max(1, group.dn_groups) for', 'counts = [num_boxes for',
+        'boxes = [num_boxes * max(1, group.dn_groups) for', 'boxes = [num_boxes for',
         'test_criterion'),
     _of('objective', 'objective/criterion.py', 'ranks divide by the sum of their boxes',
         'counts = counts / torch.distributed.get_world_size()', 'pass',
