@@ -256,26 +256,38 @@ def _dropped(boxes: Boxes, trains: bool) -> Iterator[Finding]:
         if trains
         else 'hardly any detection can match them, so that they count as missed'
     )
-    left = boxes.loaded & boxes.wanted
+    kept = boxes.loaded & boxes.wanted
     with np.errstate(invalid='ignore'):
-        reasons = (
-            (~np.isfinite(boxes.bbox).all(1), 'hold NaN or infinity', 'correct them'),
-            (
-                (boxes.bbox[:, 2:] <= 0).any(1),
-                'have a width or height of 0 or less',
-                'correct them',
-            ),
-            ((boxes.bbox[:, 2:] < 1).any(1), 'are thinner than a pixel', 'correct them'),
-            (~boxes.overlap, 'lie outside of their image', "correct them or the image's size"),
-            (boxes.area <= 0, 'have an area of 0 or less', 'write area=width * height'),
-        )
+        broken = ~np.isfinite(boxes.bbox).all(1)
+        flat = (boxes.bbox[:, 2:] <= 0).any(1)
+        thin = (boxes.bbox[:, 2:] < 1).any(1)
+        no_area = boxes.area <= 0
         reaching = (boxes.bbox[:, :2] < -_OUTSIDE).any(1)
         reaching |= (boxes.bbox[:, :2] + boxes.bbox[:, 2:] > boxes.size + _OUTSIDE).any(1)
-    for rows, what, remedy in reasons:
-        yield from boxes.finding(left & rows, f'{what}: {fate}; {remedy} or take them out')
-        left = left & ~rows
-    if trains and not left.any():
-        total = len(left)
+    yield from boxes.finding(
+        kept & broken, f'hold NaN or infinity: {fate}; correct them or take them out'
+    )
+    kept = kept & ~broken
+    yield from boxes.finding(
+        kept & flat, f'have a width or height of 0 or less: {fate}; correct them or take them out'
+    )
+    kept = kept & ~flat
+    yield from boxes.finding(
+        kept & thin, f'are thinner than a pixel: {fate}; correct them or take them out'
+    )
+    kept = kept & ~thin
+    yield from boxes.finding(
+        kept & ~boxes.overlap,
+        f"lie outside of their image: {fate}; correct them or the image's size, or take them out",
+    )
+    kept = kept & boxes.overlap
+    yield from boxes.finding(
+        kept & no_area,
+        f'have an area of 0 or less: {fate}; write area=width * height or take them out',
+    )
+    kept = kept & ~no_area
+    if trains and not kept.any():
+        total = len(kept)
         yield Finding(
             f'{boxes.coco.where}: nothing is left to learn, for none of its {total:,} boxes is one '
             'that mmdet keeps (of a class in metainfo.classes, at least a pixel wide and high, in '
@@ -283,7 +295,7 @@ def _dropped(boxes: Boxes, trains: bool) -> Iterator[Finding]:
             fatal=True,
         )
     yield from boxes.finding(
-        left & reaching,
+        kept & reaching,
         f'reach more than {_OUTSIDE:g} pixels out of their image, and what is outside is cut off '
         "where the pipeline resizes; correct them or the image's width and height",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from mmdet_gdino_lora.checks.coco_file import CocoFile
 from mmdet_gdino_lora.checks.findings import Finding
@@ -24,78 +25,105 @@ def check_classes(key: str, classes: Sequence[str], coco: CocoFile, trains: bool
     Returns:
         Findings; a category that is left out of the config is the only one that isn't fatal.
     """
-    told = (
+    return (
         _no_names(key, classes)
         or _missing(key, classes, coco)
         or _twice(key, classes, coco)
         or _disordered(key, classes, coco)
+        or (_left_out(key, classes, coco) if trains else [])
     )
-    if told:
-        return [Finding(told, fatal=True)]
-    return _left_out(key, classes, coco) if trains else []
 
 
-def _no_names(key: str, classes: Sequence[str]) -> str:
+def _no_names(key: str, classes: Sequence[str]) -> list[Finding]:
     wrong = [name for name in classes if not isinstance(name, str)]
     if wrong:
-        return (
-            f'{key}.metainfo.classes holds {some(wrong)} where names are wanted, of which the '
-            'caption is made; write every class name in quotes'
-        )
+        return [
+            Finding(
+                f'{key}.metainfo.classes holds {some(wrong)} where names are wanted, of which the '
+                'caption is made; write every class name in quotes',
+                fatal=True,
+            )
+        ]
     if not classes:
-        return (
-            f'{key}.metainfo.classes is empty, so there is nothing to detect; name the classes of '
-            'the annotation file'
-        )
-    return ''
+        return [
+            Finding(
+                f'{key}.metainfo.classes is empty, so there is nothing to detect; name the classes '
+                'of the annotation file',
+                fatal=True,
+            )
+        ]
+    return []
 
 
-def _missing(key: str, classes: Sequence[str], coco: CocoFile) -> str:
+def _missing(key: str, classes: Sequence[str], coco: CocoFile) -> list[Finding]:
     found = coco.names
     missing = sorted(set(classes) - set(found), key=list(classes).index)
     if not missing:
-        return ''
+        return []
     total = len(set(classes))
     which = 'none' if len(missing) == total else f'{len(missing)} of {total} not'
-    return (
-        f'{key}.metainfo.classes: {which} among the categories of {coco.path} ({some(missing)} '
-        f'{"is" if len(missing) == 1 else "are"} missing), so their boxes would be dropped; '
-        f'set metainfo=dict(classes=...) to names of the file, which has {some(found, 20)}'
-    )
-
-
-def _twice(key: str, classes: Sequence[str], coco: CocoFile) -> str:
-    names = [name for name, count in Counter(classes).items() if count > 1]
-    if names:
-        return (
-            f'{key}.metainfo.classes names {some(names)} twice, and mmdet counts each category of '
-            f'the file once, so the labels behind it would get other names; name each class once'
+    return [
+        Finding(
+            f'{key}.metainfo.classes: {which} among the categories of {coco.path} ({some(missing)} '
+            f'{"is" if len(missing) == 1 else "are"} missing), so their boxes would be dropped; '
+            f'set metainfo=dict(classes=...) to names of the file, which has {some(found, 20)}',
+            fatal=True,
         )
-    wanted = [category for category in coco.categories if category['name'] in set(classes)]
-    for field, mend in (('name', 'join their annotations under one category'), ('id', 'renumber')):
-        values = Counter(category[field] for category in wanted)
-        twice = [value for value, count in values.items() if count > 1]
-        if twice:
-            return (
-                f'{coco.where}: {share(len(twice), len(values), f"category {field}s")} '
-                f'{"is" if len(twice) == 1 else "are"} there twice ({some(twice)}), and mmdet '
-                f"numbers labels by the file's categories, so boxes would get other names; {mend}"
-                f'{"" if field == "name" else " the categories, and their annotations with them"}'
+    ]
+
+
+def _twice(key: str, classes: Sequence[str], coco: CocoFile) -> list[Finding]:
+    names = _repeated(classes)
+    if names:
+        return [
+            Finding(
+                f'{key}.metainfo.classes names {some(names)} twice, and mmdet counts each category '
+                'of the file once, so the labels behind it would get other names; name each class '
+                'once',
+                fatal=True,
             )
-    return ''
+        ]
+    wanted = [category for category in coco.categories if category['name'] in set(classes)]
+    names = _repeated([category['name'] for category in wanted])
+    if names:
+        return [
+            Finding(
+                f'{coco.where}: {some(names)} stands twice among the categories, and mmdet numbers '
+                "labels by the file's categories, so boxes would get other names; join their "
+                'annotations under one category',
+                fatal=True,
+            )
+        ]
+    ids = _repeated([category['id'] for category in wanted])
+    if ids:
+        return [
+            Finding(
+                f'{coco.where}: several categories have the id {some(ids)}, so boxes of one would '
+                'get the name of another; renumber the categories, and their annotations with them',
+                fatal=True,
+            )
+        ]
+    return []
 
 
-def _disordered(key: str, classes: Sequence[str], coco: CocoFile) -> str:
+def _repeated(values: Sequence[Any]) -> list[Any]:
+    return [value for value, count in Counter(values).items() if count > 1]
+
+
+def _disordered(key: str, classes: Sequence[str], coco: CocoFile) -> list[Finding]:
     in_file_order = [name for name in coco.names if name in set(classes)]
     if in_file_order == list(classes):
-        return ''
+        return []
     names = tuple(in_file_order)
     shown = repr(names) if len(names) <= 20 else f'<the {len(names)} names in that order>'
-    return (
-        f'{key}.metainfo.classes: the names stand in another order than the categories of '
-        f"{coco.path}, and mmdet numbers labels in the file's order, so boxes would get other "
-        f'names; set metainfo=dict(classes={shown})'
-    )
+    return [
+        Finding(
+            f'{key}.metainfo.classes: the names stand in another order than the categories of '
+            f"{coco.path}, and mmdet numbers labels in the file's order, so boxes would get other "
+            f'names; set metainfo=dict(classes={shown})',
+            fatal=True,
+        )
+    ]
 
 
 def _left_out(key: str, classes: Sequence[str], coco: CocoFile) -> list[Finding]:

@@ -216,34 +216,36 @@ def _sizes(
         kind = turned if got.turned and _alike(listed, got.size) else other
         kind = swapped if kind is other and _alike(listed[::-1], loaded) else kind
         kind.append((got.path, listed, loaded))
-    for kind, what, remedy in (
-        (
-            turned,
-            'are turned by a quarter when they are loaded (their EXIF orientation), while width, '
-            'height and so the boxes are those of the image before it is turned',
-            'turn the pixels and drop the EXIF orientation, or annotate the images as they are '
-            'shown',
-        ),
-        (
-            swapped,
-            'have width and height exchanged in the file, by which mmdet drops boxes outside',
-            'exchange them in the file',
-        ),
-        (
-            other,
-            'have another size than the file says, so boxes do not lie where the objects are, or '
-            'are dropped as outside',
-            'use the images that were annotated, or correct the sizes',
-        ),
-    ):
-        if kind:
-            path, listed, loaded = kind[0]
-            yield Finding(
-                f'{where}: {share(len(kind), len(seen), "images")} {what}; {remedy}; first: '
-                f'{path}, {listed[0]} x {listed[1]} in the file, {loaded[0]} x {loaded[1]} when '
-                'loaded',
-                fatal=len(kind) >= len(seen) / 2,
-            )
+    half = len(seen) / 2
+    if turned:
+        yield Finding(
+            f'{where}: {share(len(turned), len(seen), "images")} are turned by a quarter when they '
+            'are loaded (their EXIF orientation), while width, height and so the boxes are those '
+            'of the image before it is turned; turn the pixels and drop the EXIF orientation, or '
+            f'annotate the images as they are shown; {_first(*turned[0])}',
+            fatal=len(turned) >= half,
+        )
+    if swapped:
+        yield Finding(
+            f'{where}: {share(len(swapped), len(seen), "images")} have width and height exchanged '
+            'in the file, by which mmdet drops boxes outside; exchange them in the file; '
+            f'{_first(*swapped[0])}',
+            fatal=len(swapped) >= half,
+        )
+    if other:
+        yield Finding(
+            f'{where}: {share(len(other), len(seen), "images")} have another size than the file '
+            'says, so boxes do not lie where the objects are, or are dropped as outside; use the '
+            f'images that were annotated, or correct the sizes; {_first(*other[0])}',
+            fatal=len(other) >= half,
+        )
+
+
+def _first(path: str, listed: Sequence[float], loaded: Sequence[float]) -> str:
+    return (
+        f'first: {path}, {listed[0]} x {listed[1]} in the file, {loaded[0]} x {loaded[1]} when '
+        'loaded'
+    )
 
 
 def _alike(one: Sequence[float], other: Sequence[float]) -> bool:

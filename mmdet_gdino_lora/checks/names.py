@@ -162,26 +162,26 @@ def _unknown(
     reader: Reader,
 ) -> list[Finding]:
     found = []
-    for told, rows in (
-        (
-            f'hold words that the vocabulary of {reader.text_model} lacks ({unknown}), and say '
-            'nothing of themselves there',
-            [unknown in read for read in tokens],
-        ),
-        (
-            f'hold words that fall into single letters with the vocabulary of {reader.text_model}, '
-            'of which the base knows next to nothing',
-            [_is_spelt(read) for read in tokens],
-        ),
-    ):
-        if any(rows):
-            first = rows.index(True)
-            found.append(
-                Finding(
-                    f'{where}: {share(sum(rows), len(rows), "names")} {told}; {_RENAME}; first: '
-                    f'{classes[first]!r}, read as {" ".join(tokens[first])!r}'
-                )
+    unread = [place for place, read in enumerate(tokens) if unknown in read]
+    if unread:
+        name, read = classes[unread[0]], ' '.join(tokens[unread[0]])
+        found.append(
+            Finding(
+                f'{where}: {share(len(unread), len(classes), "names")} hold words that the '
+                f'vocabulary of {reader.text_model} lacks ({unknown}), and say nothing of '
+                f'themselves there; {_RENAME}; first: {name!r}, read as {read!r}'
             )
+        )
+    spelt = [place for place, read in enumerate(tokens) if _is_spelt(read)]
+    if spelt:
+        name, read = classes[spelt[0]], ' '.join(tokens[spelt[0]])
+        found.append(
+            Finding(
+                f'{where}: {share(len(spelt), len(classes), "names")} hold words that fall into '
+                f'single letters with the vocabulary of {reader.text_model}, of which the base '
+                f'knows next to nothing; {_RENAME}; first: {name!r}, read as {read!r}'
+            )
+        )
     return found
 
 

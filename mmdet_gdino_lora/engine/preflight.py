@@ -1,8 +1,7 @@
-"""Looks at a run's config before anything is built: are its files there, do class names match?
+"""Looks at a run's config before anything is built: are its files there, is in them what is meant?
 
-mmdet would find a missing file minutes into the run, behind the model, and would never tell that
-the class names of the config aren't those of the annotations: it drops boxes of unknown names,
-and numbers the rest in the file's order, whatever the order in the config, in silence.
+mmdet would find a missing file minutes into the run, behind the model, and would never tell of
+boxes that it drops. What the files of data sets hold is looked at in ``checks/``.
 """
 
 from __future__ import annotations
@@ -124,7 +123,7 @@ class PreflightHook(Hook):
     """:func:`check_config` for runs that mmdet's own tools start.
 
     ``custom_hooks = [dict(type='PreflightHook')]``. By the time hooks run mmengine has opened the
-    files, so what is left to find is class names that don't match the annotations.
+    annotation files; what it read otherwise than meant, and the images, are still told.
     """
 
     priority = 'VERY_HIGH'
