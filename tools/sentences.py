@@ -52,22 +52,29 @@ def sentences() -> Iterator[tuple[str, str, str]]:
             for node in ast.walk(tree):
                 kind = _kind(node) if isinstance(node, ast.Call) and node.args else None
                 if kind:
-                    sentence = _text(node.args[0])
+                    # of boxes: the rows come first, and in front of the sentence their number
+                    sentence = _text(node.args[_name(node) == 'finding'])
                     if re.search('[a-z]{3}', sentence.replace('...', '')):
                         yield str(path.relative_to(ROOT)), sentence, kind
 
 
 def _kind(call: ast.Call) -> str | None:
-    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, 'id', '')
+    name = _name(call)
     if name in ERRORS:
         return 'error'
     if name in WARNINGS:
         return 'warning'
-    if name != 'Finding':
+    if name not in ('Finding', 'finding'):
         return None
-    fatal = [keyword.value for keyword in call.keywords if keyword.arg == 'fatal'] + call.args[1:]
+    fatal = [keyword.value for keyword in call.keywords if keyword.arg == 'fatal'] + call.args[
+        1 + (name == 'finding') :
+    ]
     known = fatal and isinstance(fatal[0], ast.Constant)
     return 'error' if fatal and not (known and not fatal[0].value) else 'warning'
+
+
+def _name(call: ast.Call) -> str:
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, 'id', '')
 
 
 def _text(node: ast.expr) -> str:
