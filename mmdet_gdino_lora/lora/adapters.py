@@ -12,14 +12,13 @@ from typing import Any, Optional, Union
 import torch
 from mmengine.logging import MMLogger
 from peft import LoraConfig
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora.state import LoraState, lora_state
-from mmdet_gdino_lora.lora.store.base import base_of, read_file, read_weights
+from mmdet_gdino_lora.lora.store.base import base_of, read_file
 from mmdet_gdino_lora.lora.store.checkpoint import RECORD, check_base
-from mmdet_gdino_lora.lora.store.folder import PEFT_PREFIX
+from mmdet_gdino_lora.lora.store.folder import read_folder, without_adapter_name
 from mmdet_gdino_lora.lora.tensors import ADAPTER, base_name, is_factor
 from mmdet_gdino_lora.peft_layers.insertion import insert, take_out
 from mmdet_gdino_lora.peft_layers.out_proj import in_todays_count
@@ -68,7 +67,7 @@ def _put_in(detector: nn.Module, config: LoraConfig, name: str) -> dict[str, Ten
     for parameter_name, parameter in detector.named_parameters():
         parameter.requires_grad_(requires_grad.get(base_name(parameter_name), False))
         if base_name(parameter_name) not in requires_grad:
-            added[_without_adapter(parameter_name, name)] = parameter
+            added[without_adapter_name(parameter_name, name)] = parameter
     return added
 
 
@@ -146,24 +145,14 @@ def _injected(detector: nn.Module) -> LoraState:
 
 def _read(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights by plain name without adapter names, and the record that came with them."""
-    path = os.path.join(source, 'adapter_model.safetensors')
     if os.path.isdir(source):
-        weights = {name.removeprefix(PEFT_PREFIX): w for name, w in read_weights(path).items()}
-        with safe_open(path, 'pt') as file:
-            note = json.loads((file.metadata() or {}).get(RECORD, '{}'))
-        return weights, note
+        return read_folder(source)
     content = read_file(source)
     state_dict = content.get('state_dict', content)
     metadata = getattr(state_dict, '_metadata', {}).get('', {})
-    weights = {_without_adapter(name, ADAPTER): w for name, w in state_dict.items()}
+    weights = {without_adapter_name(name, ADAPTER): w for name, w in state_dict.items()}
     weights = {n if is_factor(n) else base_name(n): w for n, w in weights.items()}
     return weights, metadata.get(RECORD, {})
-
-
-def _without_adapter(name: str, adapter: str) -> str:
-    if not is_factor(name):
-        return name
-    return name.replace(f'.{adapter}.', '.').removesuffix(f'.{adapter}')
 
 
 def _config(note: Mapping[str, Any], source: str) -> LoraConfig:

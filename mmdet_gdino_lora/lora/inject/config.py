@@ -12,6 +12,8 @@ from mmengine.logging import MMLogger
 from peft import LoraConfig
 from torch import nn
 
+from mmdet_gdino_lora.checks.adapter import check_lora
+from mmdet_gdino_lora.checks.findings import tell
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora.inject.presets import (
     adaptable_modules,
@@ -54,13 +56,7 @@ def lora_config(fields: Mapping[str, Any]) -> LoraConfig:
     Raises:
         ConfigError: For a key or a value that it doesn't take.
     """
-    known = [field.name for field in dataclasses.fields(LoraConfig)]
-    for key in fields:
-        if key not in known:
-            raise ConfigError(
-                f'lora.{key} is neither "preset" nor a field of peft.LoraConfig, which has '
-                f'{", ".join(sorted(known))}.'
-            )
+    tell(finding for finding in check_lora(fields) if finding.fatal)
     if fields.get('target_modules') == 'all-linear':
         raise ConfigError("lora.target_modules='all-linear': write lora.preset='all' instead.")
     fields = {'target_modules': [], **fields}

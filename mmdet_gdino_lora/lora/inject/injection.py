@@ -11,6 +11,8 @@ from mmengine.logging import MMLogger
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from mmdet_gdino_lora.checks.adapter import check_lora
+from mmdet_gdino_lora.checks.findings import tell
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora.inject.config import (
     DEFAULT_PRESET,
@@ -20,8 +22,9 @@ from mmdet_gdino_lora.lora.inject.config import (
     resolve_targets,
 )
 from mmdet_gdino_lora.lora.inject.freezing import free_parameters, free_patterns
-from mmdet_gdino_lora.lora.inject.presets import as_pattern
+from mmdet_gdino_lora.lora.inject.presets import adaptable_modules, as_pattern
 from mmdet_gdino_lora.lora.inject.report import Report, describe
+from mmdet_gdino_lora.lora.inject.size import check_size
 from mmdet_gdino_lora.lora.state import Injection, lora_state
 from mmdet_gdino_lora.lora.tensors import ADAPTER, base_name, buffers_beside, plain_tensors
 from mmdet_gdino_lora.peft_layers.insertion import insert, reads_base
@@ -52,6 +55,7 @@ def inject(
         ConfigError: For a key that ``LoraConfig`` doesn't have, an unknown preset, a target or
             pattern that matches nothing, or a variant that PEFT can't apply to a kind of layer.
     """
+    tell(finding for finding in check_lora(lora) if finding.fatal)
     fields = plain_fields(lora)
     preset = fields.pop('preset', None)
     config = lora_config(fields)
@@ -65,6 +69,8 @@ def inject(
         layers_to_transform=None,
         layers_pattern=None,
     )
+    modules = adaptable_modules(detector)
+    tell(check_size(config, {name: modules[name] for name in targets}))
     check_variant(config, detector, targets)
     _check_base(detector, config)
     before = _weights_at_risk(detector, config, targets)
