@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import mmdet
 import pytest
-from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mmdet_gdino_lora.checks.run import check_run
@@ -24,7 +23,8 @@ from mmdet_gdino_lora.lora.inject.presets import adaptable_modules
 from mmdet_gdino_lora.lora.inject.size import num_weights
 from tests.builders import build
 from tests.mistakes.typed import Mistake, files, make, warnings_of_the_log
-from tests.tool_run import Things, inside
+from tests.run_small import config, run
+from tests.tool_run import Things
 
 TRAIN = 'python tools/train.py CONFIG'
 #: Ends a run at its last check.
@@ -52,7 +52,7 @@ RUN = [
     Mistake('no model', TRAIN, 'model=None: the config describes no model', 'model = None'),
     Mistake('validation is switched off', NOWHERE,
             'val_dataloader=None, val_cfg=None and val_evaluator=None: the run is not validated, '
-            "so that no metric .* save_best='auto' keeps none",
+            "so that no metric .*save_best='auto' keeps none",
             NO_VALIDATION, stops=False),
     Mistake('validation never comes', NOWHERE,
             'train_cfg.val_interval=5 lies behind train_cfg.max_epochs=1: .* never validated',
@@ -72,7 +72,7 @@ RUN = [
     Mistake('fewer workers than none', TRAIN + ' --cfg-options train_dataloader.num_workers=-1',
             'train_dataloader.num_workers=-1 is no whole number from 0 on'),
     Mistake('persistent workers that are none', TRAIN,
-            'train_dataloader.persistent_workers=True .* num_workers=0 has none; set persistent',
+            'train_dataloader.persistent_workers=True .*num_workers=0 has none; set persistent',
             'train_dataloader = dict(persistent_workers=True)'),
     Mistake('a learning rate in quotes', TRAIN,
             "optim_wrapper.optimizer.lr='2e-4' is a string; write a number", LR.format("'2e-4'")),
@@ -105,14 +105,15 @@ RUN = [
             'model.retain=.* is no dict of the keys names, weight and every; write',
             'model = dict(retain=dict(weigth=2))'),
     Mistake('one name to retain, without brackets', TRAIN,
-            "model.retain.names='person': give a list", "model = dict(retain=dict(names='person'))"),
+            "model.retain.names='person': give a list",
+            "model = dict(retain=dict(names='person'))"),
     Mistake('a name is to be retained twice', NOWHERE,
             "model.retain.names holds 1 of 2 names more than once, .* first: 'person'; name each",
             "model = dict(retain=dict(names=['person', 'dog', 'Person ']))", stops=False),
     Mistake('retaining with weight 0', TRAIN, 'model.retain.weight=0 is not a number above 0',
             'model = dict(retain=dict(weight=0))'),
     Mistake('an argument that the model has not', TRAIN + ' --cfg-options model.num_query=10',
-            r"model.num_query: LoRAGroundingDINO has no such argument \(did you mean 'num_queries'"),
+            r"model.num_query: LoRAGroundingDINO has no such argument .*'num_queries'\?"),
     Mistake('an argument that the head has not', TRAIN,
             r"model.bbox_head.num_class: GroundingDINOCriterionHead has no such .*'num_classes'\?",
             'model = dict(bbox_head=dict(num_class=2))'),
@@ -191,7 +192,7 @@ def test_no_name_that_mmdets_own_configs_use_is_taken_for_a_misspelt_key() -> No
     ('type_and_size', 'module'),
     [
         (dict(preset='decoder', r=10**8), 'a linear layer'),
-        (dict(target_modules=['self_attn'], rank_pattern=dict(self_attn=10**9)), 'one by pattern'),
+        (dict(preset='decoder', rank_pattern={'linear|attn': 10**9}), 'some by a pattern'),
     ],
 )
 def test_a_rank_beyond_all_memory_is_refused_before_anything_of_it_is_built(
@@ -237,6 +238,14 @@ def test_the_detector_itself_tells_it_to_who_brings_two_lines(
         build(text_dir, base_checkpoint=base, **key)
 
 
+@pytest.fixture(scope='module')
+def ended(text_dir: str, base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Work dir of a run that has ended, of one iteration."""
+    work_dir = tmp_path_factory.mktemp('ended')
+    run(str(work_dir), text_dir, base, by_epoch=True, epochs=1, batch_size=4)
+    return work_dir
+
+
 class OfMmdet(NamedTuple):
     """A mistake of somebody who runs mmdet's own tools, with PreflightHook in the config."""
 
@@ -246,52 +255,57 @@ class OfMmdet(NamedTuple):
     stops: bool = True
 
 
-AGAIN = dict(train_cfg=dict(max_epochs=2), resume=True)
+NEXT = {'train_cfg.max_epochs': 2, 'resume': True}
 HOOK = [
-    OfMmdet('training twice', r'holds 2 checkpoints of an earlier run', {}),
+    OfMmdet('training twice', r'holds 1 checkpoint of an earlier run', {}),
     OfMmdet('resuming a finished run', '1 of train_cfg.max_epochs=1 behind it, and nothing is left',
             dict(resume=True), stops=False),
     OfMmdet('resuming with another rate', 'lr=0.01, but the latest checkpoint was trained with',
-            dict(AGAIN, optim_wrapper=dict(optimizer=dict(lr=0.01)))),
+            {**NEXT, 'optim_wrapper.optimizer.lr': 0.01}),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize('row', HOOK, ids=lambda row: row.what)
 def test_the_hook_tells_it_where_mmdets_tools_train(
-    row: OfMmdet, things: Things, tmp_path: Path
+    row: OfMmdet, text_dir: str, base: str, ended: Path, tmp_path: Path
 ) -> None:
-    cfg = Config.fromfile(things.folder / 'my_things.py')
+    work_dir = tmp_path / 'run'
+    shutil.copytree(ended, work_dir)
+    (work_dir / 'last_checkpoint').write_text(str(work_dir / 'epoch_1.pth'))
+    cfg = config(
+        str(work_dir),
+        text_dir,
+        base,
+        by_epoch=True,
+        epochs=1,
+        batch_size=4,
+        hooks=[dict(type='PreflightHook')],
+    )
     cfg.merge_from_dict(row.settings)
-    cfg.custom_hooks = [dict(type='PreflightHook')]
-    cfg.work_dir = str(tmp_path / 'run')
-    shutil.copytree(things.checkpoint.parent, cfg.work_dir)
-    latest = tmp_path / 'run/last_checkpoint'
-    latest.write_text(str(tmp_path / 'run/epoch_1.pth'))
-    before = files(tmp_path)
-    with inside(things.folder):
-        runner = Runner.from_cfg(cfg)
-        with warnings_of_the_log() as warnings:
-            if row.stops:
-                with pytest.raises(ConfigError, match=row.told):
-                    runner.train()
-            else:
+    before = files(work_dir)
+    runner = Runner.from_cfg(cfg)
+    with warnings_of_the_log() as warnings:
+        if row.stops:
+            with pytest.raises(ConfigError, match=row.told):
                 runner.train()
-                assert [w for w in warnings if re.search(row.told, w)]
-    after = files(tmp_path)
-    assert {name: after[name] for name in before if name.endswith('.pth')} == {
-        name: value for name, value in before.items() if name.endswith('.pth')
-    }
+        else:
+            runner.train()
+            assert [w for w in warnings if re.search(row.told, w)]
+    assert files(work_dir)['epoch_1.pth'] == before['epoch_1.pth']
 
 
-def test_a_finished_run_that_is_resumed_says_so_and_keeps_what_it_has(
-    things: Things, tmp_path: Path, capsys: pytest.CaptureFixture
+def test_a_run_that_has_ended_says_so_when_resumed_and_keeps_what_it_has(
+    text_dir: str, base: str, ended: Path, things: Things, capsys: pytest.CaptureFixture
 ) -> None:
-    config = 'train_cfg = dict(max_epochs=1)'
-    row = Mistake('', f'{TRAIN} --work-dir NEW --resume CHECKPOINT', '', config)
-    status, error, warnings = make(row, things, tmp_path, capsys)
+    path = str(ended / 'again.py')
+    config(str(ended), text_dir, base, by_epoch=True, epochs=1, batch_size=4).dump(path)
+    before = files(ended)
+    row = Mistake('', f'python tools/train.py {path} --resume', '')
+    status, _, warnings = make(row, things, ended, capsys)
     told = 'epoch_1.pth is the end of its run, with 1 of train_cfg.max_epochs=1 behind it'
     assert status == 0 and [w for w in warnings if told in w]
-    assert not list(tmp_path.glob('*.pth'))
+    assert files(ended)['epoch_1.pth'] == before['epoch_1.pth']
+    assert not list(ended.glob('epoch_2*'))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from mmengine.logging import MMLogger
 
 from tests.tool_run import Things, run_tool
 
-
 _NUMBER = itertools.count()
 
 
