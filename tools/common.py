@@ -201,9 +201,11 @@ def config_file(path: str):
     except FileNotFoundError as error:
         raise ConfigError(f'config {path!r}: {error}; give the path of a config file') from error
     except SyntaxError as error:
-        place = error if error.filename else error.__context__  # mmengine says it in words alone
-        line = f', line {place.lineno}' if isinstance(place, SyntaxError) else ''
-        raise ConfigError(f'config {path!r}{line}: {error}; correct that line') from error
+        found = error if error.lineno else error.__context__  # mmengine's own is of words alone
+        line, says = getattr(found, 'lineno', '?'), getattr(found, 'msg', error)
+        raise ConfigError(
+            f'config {_read_last(error, path)!r}, line {line}: {says}; correct that line'
+        ) from error
     except OSError as error:
         raise ConfigError(f'config {path!r}: {error}; give the path of a .py file') from error
     except Exception as error:
@@ -217,38 +219,66 @@ def config_file(path: str):
         ) from error
 
 
+def _read_last(error: BaseException, path: str) -> str:
+    """The config that mmengine was reading: the one that was asked for, or one of its bases."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [frame.f_locals.get('filename') for frame in frames if 'file' in frame.f_code.co_name]
+    return str([path, *filter(None, names)][-1])
+
+
 def _is_config(file: str, path: str) -> bool:
     """Tells whether a file's code is a config's own: the config, or one of its bases."""
     return os.path.samefile(file, path) or 'configs' in file.split(os.sep)
 
 
-def load_weights(detector, source: str, adapter_wanted: bool = False) -> dict:
-    """Loads a checkpoint, or the folder of an adapter, into a detector.
+def read_source(source: str, adapter_wanted: bool = False) -> Optional[dict]:
+    """Reads what is to be loaded, before a detector is built for it.
 
     Args:
-        detector: As the config describes it.
         source: Checkpoint file, or a folder in PEFT's format.
         adapter_wanted: Whether weights without an adapter are refused.
 
     Returns:
-        The checkpoint's ``meta``.
+        The checkpoint's content; None for a folder, whose names only a detector can tell.
 
     Raises:
-        ConfigError: It is damaged, holds no adapter, or one of another config or base.
+        ConfigError: It is not there or damaged, or holds no adapter.
     """
-    from mmengine.runner.checkpoint import _load_checkpoint_to_model
-
     from mmdet_gdino_lora.errors import ConfigError
     from mmdet_gdino_lora.lora.store.base import read_file
-    from mmdet_gdino_lora.lora.store.folder import folder_as_checkpoint
+    from mmdet_gdino_lora.lora.store.folder import read_folder
 
-    is_folder = os.path.isdir(source)
-    content = folder_as_checkpoint(detector, source) if is_folder else read_file(source)
+    if os.path.isdir(source):
+        read_folder(source)
+        return None
+    content = read_file(source)
     if adapter_wanted and not any('.lora_' in name for name in content.get('state_dict', content)):
         raise ConfigError(
             f'{source} holds no adapter: it is a base, or merged already; give the checkpoint of a '
             'training run, or the folder of an adapter'
         )
+    return content
+
+
+def load_source(detector, source: str, content: Optional[dict]) -> dict:
+    """Loads a checkpoint, or the folder of an adapter, into a detector.
+
+    Args:
+        detector: As the config describes it.
+        source: Checkpoint file, or a folder in PEFT's format.
+        content: Of :func:`read_source`.
+
+    Returns:
+        The checkpoint's ``meta``.
+
+    Raises:
+        ConfigError: The adapter is one of another config or base.
+    """
+    from mmengine.runner.checkpoint import _load_checkpoint_to_model
+
+    from mmdet_gdino_lora.lora.store.folder import folder_as_checkpoint
+
+    content = folder_as_checkpoint(detector, source) if content is None else content
     _load_checkpoint_to_model(detector, content)
     return content.get('meta', {})
 

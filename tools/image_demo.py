@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from common import config_file, load_weights, run
+from common import config_file, load_source, read_source, run
 
 
 def main() -> None:
@@ -95,12 +95,14 @@ def load(cfg, checkpoint: str, device: str | None = None):
 
     if '://' not in checkpoint and not os.path.exists(checkpoint):
         raise ConfigError(f'checkpoint {checkpoint!r}: no such file')
+    if os.path.isdir(checkpoint):
+        read_source(checkpoint)
     register_all_modules()
     if cfg.model.type == 'LoRAGroundingDINO' and cfg.get('load_from'):
         cfg.model.setdefault('base_checkpoint', cfg.load_from)
     detector = MODELS.build(cfg.model)
     if os.path.isdir(checkpoint):
-        load_weights(detector, checkpoint)
+        load_source(detector, checkpoint, None)
     else:
         load_checkpoint(detector, checkpoint, map_location='cpu')
     dataset = cfg.test_dataloader.dataset

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from common import add_cfg_options, add_overwrite, load_weights, refuse_overwriting, run
+from common import add_cfg_options, add_overwrite, load_source, read_source, refuse_overwriting, run
 
 
 def main() -> None:
@@ -87,9 +87,10 @@ def load_tuned(config: str, adapter: str, options: dict | None = None) -> tuple:
         cfg.model.setdefault('base_checkpoint', cfg.load_from)
     if not os.path.exists(adapter):
         raise ConfigError(f'adapter {adapter!r}: no such file or folder')
+    content = read_source(adapter, adapter_wanted=True)
     register_all_modules()
     detector = MODELS.build(cfg.model)
-    meta = load_weights(detector, adapter, adapter_wanted=True)
+    meta = load_source(detector, adapter, content)
     return detector.eval(), meta
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from copy import deepcopy
 
-from common import build_runner, load_weights, parser, read_config, run
+from common import build_runner, load_source, parser, read_config, read_source, run
 
 
 def main() -> None:
@@ -42,13 +42,15 @@ def main() -> None:
         cfg = trigger_visualization_hook(cfg, args)
     if args.tta:
         augment(cfg)
+    if folder:
+        read_source(args.checkpoint)
     check_config(cfg, ['test'])
     runner = build_runner(cfg)
     if folder:
         detector = runner.model
         while hasattr(detector, 'module'):  # test time augmentation, ranks
             detector = detector.module
-        load_weights(detector, args.checkpoint)
+        load_source(detector, args.checkpoint, None)
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
     runner.test()
