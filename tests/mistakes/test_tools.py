@@ -170,13 +170,17 @@ def test_an_adapters_folder_is_merged_exported_and_tested_as_its_checkpoint_is(
 def test_an_adapters_folder_scores_as_its_checkpoint_does(
     things: Things, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    found = []
-    for name in ('CHECKPOINT', 'ADAPTER'):
-        out = tmp_path / f'{name.lower()}.pkl'
-        command = f'python tools/test.py CONFIG {name} --work-dir NEW/run --out {out}'
-        assert make(Mistake('', command, ''), things, tmp_path, capsys).status == 0
-        found.append([sample['pred_instances']['scores'] for sample in load(out)])
-    assert all(torch.equal(one, other) for one, other in zip(*found))
+    out = tmp_path / 'found.pkl'
+    row = Mistake('', f'python tools/test.py CONFIG ADAPTER --work-dir NEW/run --out {out}', '')
+    assert make(row, things, tmp_path, capsys).status == 0
+    scores = load(out)[0]['pred_instances']['scores']
+    # The checkpoint's, of the same image under the same names.
+    image = 'data/my_things/val/0.jpg --texts "wheel bolt . cracked tile" --score-thr 0'
+    command = f'python tools/image_demo.py my_things.py {things.checkpoint} {image}'
+    run_tool(f'{command} --out {tmp_path}/found.png', things.folder)
+    printed = re.findall(r'  (0\.\d\d)  \[', capsys.readouterr().out)
+    assert sorted(printed) == sorted(f'{score:.2f}' for score in scores.tolist())
+    assert len(set(printed)) > 1
 
 
 def test_overwriting_is_done_where_it_is_asked_for(

@@ -22,9 +22,8 @@ from mmdet_gdino_lora.lora.inject.config import (
     resolve_targets,
 )
 from mmdet_gdino_lora.lora.inject.freezing import free_parameters, free_patterns
-from mmdet_gdino_lora.lora.inject.presets import adaptable_modules, as_pattern
+from mmdet_gdino_lora.lora.inject.presets import as_pattern
 from mmdet_gdino_lora.lora.inject.report import Report, describe
-from mmdet_gdino_lora.lora.inject.size import check_size
 from mmdet_gdino_lora.lora.state import Injection, lora_state
 from mmdet_gdino_lora.lora.tensors import ADAPTER, base_name, buffers_beside, plain_tensors
 from mmdet_gdino_lora.peft_layers.insertion import insert, reads_base
@@ -55,8 +54,7 @@ def inject(
         ConfigError: For a key that ``LoraConfig`` doesn't have, an unknown preset, a target or
             pattern that matches nothing, or a variant that PEFT can't apply to a kind of layer.
     """
-    tell(finding for finding in check_lora(lora) if finding.fatal)
-    fields = plain_fields(lora)
+    fields = _checked(lora)
     preset = fields.pop('preset', None)
     config = lora_config(fields)
     targets = resolve_targets(detector, config, preset, train_box_head)
@@ -69,8 +67,6 @@ def inject(
         layers_to_transform=None,
         layers_pattern=None,
     )
-    modules = adaptable_modules(detector)
-    tell(check_size(config, {name: modules[name] for name in targets}))
     check_variant(config, detector, targets)
     _check_base(detector, config)
     before = _weights_at_risk(detector, config, targets)
@@ -93,6 +89,11 @@ def inject(
     report = describe(detector)
     MMLogger.get_current_instance().info('LoRA injected:\n%s', report.table())
     return report
+
+
+def _checked(lora: Any) -> dict[str, Any]:
+    tell(finding for finding in check_lora(lora) if finding.fatal)
+    return plain_fields(lora)
 
 
 def _check_base(detector: nn.Module, config: LoraConfig) -> None:
