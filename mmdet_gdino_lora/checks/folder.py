@@ -45,7 +45,7 @@ def check_folder(work_dir: str) -> Iterator[Finding]:
 
 
 def check_overwriting(cfg: Mapping[str, Any]) -> Iterator[Finding]:
-    """Checks that a run that begins anew has no earlier run's checkpoints to write over.
+    """Checks that a run that begins anew does not begin from what it would write over.
 
     Args:
         cfg: The runner's config.
@@ -53,21 +53,55 @@ def check_overwriting(cfg: Mapping[str, Any]) -> Iterator[Finding]:
     Yields:
         What was found.
     """
-    folder = cfg.get('work_dir')
-    if not folder or cfg.get('resume'):
-        return
-    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
-    if hook.get('out_dir'):
-        folder = os.path.join(hook['out_dir'], os.path.basename(str(folder).rstrip('/')))
-    earlier = checkpoints(folder, hook.get('filename_tmpl'))
-    if earlier:
-        yield Finding(
-            f'work_dir={folder!r} holds {len(earlier)} checkpoint{"s" * (len(earlier) > 1)} of an '
-            f'earlier run, which this one would write over ({", ".join(earlier[:4])}'
-            f'{", ..." if len(earlier) > 4 else ""}); go on with that run by --resume, choose '
-            'another folder with --work-dir, or move them away',
-            fatal=True,
-        )
+    folder = checkpoint_folder(cfg)
+    model = cfg.get('model') or {}
+    sources = {
+        'load_from': cfg.get('load_from'),
+        'model.base_checkpoint': model.get('base_checkpoint'),
+    }
+    for name in earlier_checkpoints(cfg):
+        path = os.path.join(folder, name)
+        for key, source in sources.items():
+            if source and os.path.exists(source) and os.path.samefile(source, path):
+                yield Finding(
+                    f'{key}={source!r} lies in work_dir={folder!r}, where this run would write '
+                    'over it; choose another folder with --work-dir, or go on with that run by '
+                    '--resume',
+                    fatal=True,
+                )
+
+
+def checkpoint_folder(cfg: Mapping[str, Any]) -> str:
+    """Tells where a run writes its checkpoints.
+
+    Args:
+        cfg: The runner's config.
+
+    Returns:
+        ``work_dir``, or what the checkpoint hook's ``out_dir`` makes of it; empty without either.
+    """
+    folder = str(cfg.get('work_dir') or '')
+    out_dir = _checkpoint_hook(cfg).get('out_dir')
+    return os.path.join(out_dir, os.path.basename(folder.rstrip('/'))) if out_dir else folder
+
+
+def earlier_checkpoints(cfg: Mapping[str, Any]) -> list[str]:
+    """Lists the checkpoints that a run which begins anew would write over.
+
+    Args:
+        cfg: The runner's config.
+
+    Returns:
+        Names of files in :func:`checkpoint_folder`; none for a run that goes on.
+    """
+    folder = checkpoint_folder(cfg)
+    if cfg.get('resume') or not folder:
+        return []
+    return checkpoints(folder, _checkpoint_hook(cfg).get('filename_tmpl'))
+
+
+def _checkpoint_hook(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
+    return (cfg.get('default_hooks') or {}).get('checkpoint') or {}
 
 
 def checkpoints(folder: str, template: Optional[str] = None) -> list[str]:

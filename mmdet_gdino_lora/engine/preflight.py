@@ -24,6 +24,7 @@ from mmdet_gdino_lora.checks.findings import Finding, tell
 from mmdet_gdino_lora.checks.folder import check_folder, check_latest, check_overwriting
 from mmdet_gdino_lora.checks.resumed import check_resumed
 from mmdet_gdino_lora.checks.run import check_run
+from mmdet_gdino_lora.engine.earlier import set_aside
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.text.caption import clean_name
 
@@ -96,18 +97,19 @@ def _as_prompted(name: str) -> str:
 
 
 def check_start(cfg: Mapping[str, Any]) -> None:
-    """Checks what a training run goes on from, or would write over.
+    """Checks what a training run goes on from, and saves what it would write over.
 
     Args:
         cfg: The runner's config.
 
     Raises:
-        ConfigError: There are checkpoints of an earlier run in the folder, or the one to go on from
-            is not there.
+        ConfigError: The checkpoint to go on from is not there, or the one to begin from would be
+            written over.
     """
     if cfg.get('resume') and not cfg.get('load_from') and cfg.get('work_dir'):
         tell(check_latest(cfg['work_dir'], 'resume=True'))
     tell(check_overwriting(cfg))
+    set_aside(cfg)
 
 
 def check_dataset(key: str, dataset: Mapping[str, Any]) -> None:

@@ -125,9 +125,10 @@ RUN = [
             "work_dir='my_things.py/run': '.*/my_things.py' is a file, .* choose another"),
     Mistake('the folder to write to is not writable', TRAIN + ' --work-dir /proc/run',
             "work_dir='/proc/run': '/proc' cannot be written .* choose another"),
-    Mistake('training twice into one folder', TRAIN + ' --work-dir work_dirs/my_things',
-            r"work_dir='work_dirs/my_things' holds 2 checkpoints of an earlier run, .* write over "
-            r'\(epoch_1.pth, best_coco_bbox_mAP_epoch_1.pth\); go on with that run by --resume, '),
+    Mistake('beginning from a checkpoint that would be written over',
+            TRAIN + ' --work-dir work_dirs/my_things --cfg-options load_from=CHECKPOINT',
+            "load_from='.*epoch_1.pth' lies in work_dir='work_dirs/my_things', where this run "
+            'would write over it; choose another folder with --work-dir'),
     Mistake('nothing to resume from', NOWHERE + ' --resume',
             "--resume: there is no checkpoint in 'my_things.py' to go on from, and the run begins "
             'anew; if there should be one, name it', stops=False),
@@ -257,7 +258,6 @@ class OfMmdet(NamedTuple):
 
 NEXT = {'train_cfg.max_epochs': 2, 'resume': True}
 HOOK = [
-    OfMmdet('training twice', r'holds 1 checkpoint of an earlier run', {}),
     OfMmdet('resuming a finished run', '1 of train_cfg.max_epochs=1 behind it, and nothing is left',
             dict(resume=True), stops=False),
     OfMmdet('resuming with another rate', 'lr=0.01, but the latest checkpoint was trained with',
@@ -292,6 +292,30 @@ def test_the_hook_tells_it_where_mmdets_tools_train(
             runner.train()
             assert [w for w in warnings if re.search(row.told, w)]
     assert files(work_dir)['epoch_1.pth'] == before['epoch_1.pth']
+
+
+def test_training_twice_into_one_folder_loses_nothing_and_says_where_it_is(
+    text_dir: str,
+    base: str,
+    ended: Path,
+    things: Things,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    work_dir = tmp_path / 'run'
+    shutil.copytree(ended, work_dir)
+    path = tmp_path / 'again.py'
+    config(str(work_dir), text_dir, base, by_epoch=True, epochs=1, batch_size=4).dump(path)
+    row = Mistake('', f'python tools/train.py {path}', '')
+    for number in (1, 2):
+        before = files(work_dir)
+        status, _, warnings = make(row, things, tmp_path, capsys)
+        told = f"held 1 checkpoint of an earlier run, .* moved to '.*/run/earlier_{number}'"
+        assert status == 0 and [w for w in warnings if re.search(told, w)], warnings
+        after = files(work_dir)
+        for name in ('epoch_1.pth', 'epoch_1_adapter/adapter_model.safetensors', 'last_checkpoint'):
+            assert after[f'earlier_{number}/{name}'] == before[name]
+            assert after[name] != before[name]
 
 
 def test_a_run_that_has_ended_says_so_when_resumed_and_keeps_what_it_has(
