@@ -35,8 +35,8 @@ def set_aside(cfg: Mapping[str, Any]) -> str:
             os.replace(os.path.join(folder, name), os.path.join(aside, name))
     MMLogger.get_current_instance().warning(
         f'work_dir={folder!r} held {len(names)} checkpoint{"s" * (len(names) > 1)} of an earlier '
-        f'run, which this one would write over; they were moved to {aside!r} (first: {names[0]}); to go on with a run '
-        'instead of beginning anew, type --resume'
+        f'run, which this one would write over; they were moved to {aside!r} (first: {names[0]}); '
+        'to go on with a run instead of beginning anew, type --resume'
     )
     return aside
 
