@@ -20,6 +20,8 @@ from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
 from torch import Tensor
 
+from mmdet_gdino_lora.checks.arguments import unknown_arguments
+from mmdet_gdino_lora.checks.findings import tell
 from mmdet_gdino_lora.engine.learning_rates import multiplied_rates
 from mmdet_gdino_lora.engine.runner_config import checkpoint_at_start, runner_config
 from mmdet_gdino_lora.errors import ConfigError
@@ -95,6 +97,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         dn_cfg: Optional[dict] = None,
         **kwargs: Any,
     ) -> None:
+        tell(unknown_arguments('model', type(self), kwargs))
         super().__init__(
             _replaced(language_model, BertModel, 'GroundingTextEncoder'),
             bbox_head=_replaced(bbox_head, GroundingDINOHead, 'GroundingDINOCriterionHead'),

@@ -22,6 +22,8 @@ from mmengine.dist import get_world_size
 from mmengine.logging import MessageHub
 from torch import Tensor
 
+from mmdet_gdino_lora.checks.adapter import check_retain
+from mmdet_gdino_lora.checks.findings import tell
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora import base_only, evaluating, lora_state
 from mmdet_gdino_lora.objective.boxes import l1_and_giou
@@ -117,14 +119,8 @@ class Retention:
         weight: float = 1.5,
         every: int = 1,
     ) -> None:
-        if isinstance(names, str) or not names or not all(isinstance(n, str) for n in names):
-            raise ConfigError(
-                f'model.retain.names={names!r}: give a list of the class names that must survive'
-            )
-        if not isinstance(weight, (int, float)) or weight <= 0:
-            raise ConfigError(f'model.retain.weight={weight!r} is not a number above 0')
-        if not isinstance(every, int) or every < 1:
-            raise ConfigError(f'model.retain.every={every!r} is not a whole number from 1 on')
+        found = check_retain(dict(names=names, weight=weight, every=every))
+        tell(finding for finding in found if finding.fatal)
         self.names = tuple(names)
         self.weight = float(weight)
         self.every = every
@@ -155,11 +151,7 @@ class Retention:
         Raises:
             ConfigError: For another key, and as the constructor.
         """
-        known = ('names', 'weight', 'every')
-        if not isinstance(settings, Mapping) or not set(settings) <= set(known):
-            raise ConfigError(
-                f'model.retain={settings!r} is no dict of the keys names, weight and every'
-            )
+        tell(finding for finding in check_retain(settings) if finding.fatal)
         return cls(tokenizer, **settings)
 
     def is_due(self) -> bool:

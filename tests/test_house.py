@@ -33,12 +33,13 @@ MAY_IMPORT = {
     # The runner's side: no model, no adapter.
     'checks': {'errors', 'text'},
     'engine': {'checks', 'errors', 'files', 'text'},
-    'lora': {'errors', 'engine', 'files', 'layers', 'peft_layers'},
+    'lora': {'checks', 'errors', 'engine', 'files', 'layers', 'peft_layers'},
     'head': {'errors', 'objective', 'samples', 'text', 'transfer'},
-    'retain': {'errors', 'lora', 'objective', 'peft_layers', 'text', 'transfer'},
+    'retain': {'checks', 'errors', 'lora', 'objective', 'peft_layers', 'text', 'transfer'},
     'transformer': {'errors', 'layers', 'samples', 'text', 'transfer'},
     'prediction': {'errors', 'engine', 'layers', 'samples', 'text'},
     'detector': {
+        'checks',
         'errors',
         'engine',
         'layers',

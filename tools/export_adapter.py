@@ -6,9 +6,10 @@ export_adapter.py CONFIG CHECKPOINT FOLDER
 from __future__ import annotations
 
 import argparse
+import os
 
-from common import run
-from merge_adapter import add_cfg_options, load_tuned
+from common import add_cfg_options, add_overwrite, refuse_overwriting, run
+from merge_adapter import load_tuned
 
 
 def main() -> None:
@@ -18,10 +19,16 @@ def main() -> None:
     arguments.add_argument('checkpoint', help='checkpoint of a training run')
     arguments.add_argument('folder', help='folder to write')
     add_cfg_options(arguments)
+    add_overwrite(arguments)
     args = arguments.parse_args()
 
-    from mmdet_gdino_lora.lora.store.folder import export_adapter
+    from mmdet_gdino_lora.errors import ConfigError
+    from mmdet_gdino_lora.lora.store.folder import FILES, export_adapter
 
+    if os.path.isfile(args.folder):
+        raise ConfigError(f'folder {args.folder!r} is a file; name a folder')
+    written = [os.path.join(args.folder, name) for name in FILES]
+    refuse_overwriting('folder', written, args.overwrite)
     detector, meta = load_tuned(args.config, args.checkpoint, args.cfg_options)
     classes = meta.get('dataset_meta', {}).get('classes', ())
     export_adapter(detector, args.folder, classes=classes)

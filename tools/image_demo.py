@@ -9,14 +9,16 @@ from __future__ import annotations
 import argparse
 import os
 
-from common import run
+from common import config_file, load_source, read_source, run
 
 
 def main() -> None:
     """Command line."""
     arguments = argparse.ArgumentParser(description='Detect what the texts name in an image')
     arguments.add_argument('config', help='config file')
-    arguments.add_argument('checkpoint', help='checkpoint file, of adapters or of a whole model')
+    arguments.add_argument(
+        'checkpoint', help='checkpoint file, of adapters or of a whole model, or adapter folder'
+    )
     arguments.add_argument('image', help='image file')
     arguments.add_argument('--texts', required=True, help='names, separated by " . "')
     arguments.add_argument('--out', help='picture to write; default: outputs/<name of the image>')
@@ -33,7 +35,6 @@ def main() -> None:
 
     import cv2
     from drawing import draw_boxes
-    from mmengine.config import Config
 
     import mmdet_gdino_lora  # noqa: F401  first of all: it checks the environment
     from mmdet_gdino_lora.checks.findings import tell
@@ -52,7 +53,7 @@ def main() -> None:
     if image is None:
         raise ConfigError(f'image {args.image!r} is not an image that OpenCV can read')
 
-    detector, pipeline = load(Config.fromfile(args.config), args.checkpoint, args.device)
+    detector, pipeline = load(config_file(args.config), args.checkpoint, args.device)
     if args.adapter:
         switch(detector, args.adapter)
     found = detect(detector, pipeline, args.image, names)
@@ -95,13 +96,18 @@ def load(cfg, checkpoint: str, device: str | None = None):
 
     from mmdet_gdino_lora.errors import ConfigError
 
-    if '://' not in checkpoint and not os.path.isfile(checkpoint):
+    if '://' not in checkpoint and not os.path.exists(checkpoint):
         raise ConfigError(f'checkpoint {checkpoint!r}: no such file')
+    if os.path.isdir(checkpoint):
+        read_source(checkpoint)
     register_all_modules()
     if cfg.model.type == 'LoRAGroundingDINO' and cfg.get('load_from'):
         cfg.model.setdefault('base_checkpoint', cfg.load_from)
     detector = MODELS.build(cfg.model)
-    load_checkpoint(detector, checkpoint, map_location='cpu')
+    if os.path.isdir(checkpoint):
+        load_source(detector, checkpoint, None)
+    else:
+        load_checkpoint(detector, checkpoint, map_location='cpu')
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset['dataset']

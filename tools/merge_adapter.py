@@ -9,14 +9,14 @@ from __future__ import annotations
 import argparse
 import os
 
-from common import run
+from common import add_cfg_options, add_overwrite, load_source, read_source, refuse_overwriting, run
 
 
 def main() -> None:
     """Command line."""
     arguments = argparse.ArgumentParser(description='Fold an adapter into its base')
     arguments.add_argument('config', help='config file that the adapter was trained with')
-    arguments.add_argument('adapter', help='checkpoint of a training run')
+    arguments.add_argument('adapter', help='checkpoint of a training run, or adapter folder')
     arguments.add_argument('out', help='.pth or .safetensors file to write, or the folder')
     arguments.add_argument(
         '--scale',
@@ -31,6 +31,7 @@ def main() -> None:
         help="transformers writes a folder for transformers' from_pretrained",
     )
     add_cfg_options(arguments)
+    add_overwrite(arguments)
     args = arguments.parse_args()
 
     from mmdet_gdino_lora.errors import ConfigError
@@ -43,6 +44,10 @@ def main() -> None:
         raise ConfigError(f'out {args.out!r} is a file; name a folder')
     if not 0 <= args.scale <= 1:
         raise ConfigError(f'--scale {args.scale:g}: give a number between 0 and 1')
+    written = [args.out]
+    if args.format == 'transformers':
+        written = [os.path.join(args.out, name) for name in ('config.json', 'model.safetensors')]
+    refuse_overwriting('out', written, args.overwrite)
     detector, meta = load_tuned(args.config, args.adapter, args.cfg_options)
     weights = merged_weights(detector, args.scale)
     if args.format == 'transformers':
@@ -55,25 +60,12 @@ def main() -> None:
     print(f'{args.out}: {kind}, adapter at scale {args.scale:g}')
 
 
-def add_cfg_options(arguments: argparse.ArgumentParser) -> None:
-    """Adds ``--cfg-options``.
-
-    Args:
-        arguments: Of the tool.
-    """
-    from mmengine.config import DictAction
-
-    arguments.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='replace settings of the config'
-    )
-
-
 def load_tuned(config: str, adapter: str, options: dict | None = None) -> tuple:
     """Builds the detector of a config and loads a run's checkpoint, on the CPU.
 
     Args:
         config: Config file.
-        adapter: Checkpoint file.
+        adapter: Checkpoint file, or folder of an adapter.
         options: ``--cfg-options``.
 
     Returns:
@@ -85,21 +77,21 @@ def load_tuned(config: str, adapter: str, options: dict | None = None) -> tuple:
     from common import read_config
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
-    from mmengine.runner.checkpoint import _load_checkpoint_to_model
 
     cfg = read_config(config, options)
     from mmdet_gdino_lora.errors import ConfigError
-    from mmdet_gdino_lora.lora.store.base import read_file
 
     if cfg.model.type != 'LoRAGroundingDINO' or not cfg.model.get('lora'):
         raise ConfigError(f'{config}: model is no LoRAGroundingDINO with lora=; nothing to merge')
     if cfg.get('load_from'):
         cfg.model.setdefault('base_checkpoint', cfg.load_from)
-    content = read_file(adapter)
+    if not os.path.exists(adapter):
+        raise ConfigError(f'adapter {adapter!r}: no such file or folder')
+    content = read_source(adapter, adapter_wanted=True)
     register_all_modules()
     detector = MODELS.build(cfg.model)
-    _load_checkpoint_to_model(detector, content)
-    return detector.eval(), content.get('meta', {})
+    meta = load_source(detector, adapter, content)
+    return detector.eval(), meta
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from common import run
+from common import add_overwrite, refuse_overwriting, run
 
 
 def main() -> None:
@@ -16,6 +16,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description="A checkpoint's weights in half precision")
     arguments.add_argument('checkpoint', help="mmengine's checkpoint of a whole model")
     arguments.add_argument('out', help='.safetensors file to write')
+    add_overwrite(arguments)
     args = arguments.parse_args()
 
     from mmdet_gdino_lora.errors import ConfigError
@@ -26,6 +27,7 @@ def main() -> None:
         raise ConfigError(f'out {args.out!r}: name it .safetensors')
     if not os.path.isfile(args.checkpoint):
         raise ConfigError(f'checkpoint {args.checkpoint!r}: no such file')
+    refuse_overwriting('out', [args.out], args.overwrite)
     weights = read_weights(args.checkpoint)
     halves = {k: w.half() if w.is_floating_point() else w for k, w in weights.items()}
     write_weights(args.out, halves)

@@ -13,8 +13,8 @@ import argparse
 import json
 import os
 
-from common import run
-from merge_adapter import add_cfg_options, load_tuned
+from common import add_cfg_options, run
+from merge_adapter import load_tuned
 
 
 def main() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from copy import deepcopy
 
-from common import build_runner, parser, read_config, run
+from common import build_runner, load_source, parser, read_config, read_source, run
 
 
 def main() -> None:
     """Command line."""
     arguments = parser('Test (and evaluate) a detector')
-    arguments.add_argument('checkpoint', help='checkpoint file, of adapters or of a whole model')
+    arguments.add_argument(
+        'checkpoint', help='checkpoint file, of adapters or of a whole model, or adapter folder'
+    )
     arguments.add_argument('--out', help='write the predictions to this pickle file')
     arguments.add_argument('--show', action='store_true', help='show predictions in a window')
     arguments.add_argument(
@@ -32,14 +35,22 @@ def main() -> None:
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
         raise ConfigError(f'--out {args.out}: predictions are written as a pickle; name it .pkl')
     keep_base(cfg)
-    cfg.load_from = args.checkpoint
+    folder = os.path.isdir(args.checkpoint)
+    cfg.load_from = None if folder else args.checkpoint
     cfg.resume = False
     if args.show or args.show_dir:
         cfg = trigger_visualization_hook(cfg, args)
     if args.tta:
         augment(cfg)
+    if folder:
+        read_source(args.checkpoint)
     check_config(cfg, ['test'])
     runner = build_runner(cfg)
+    if folder:
+        detector = runner.model
+        while hasattr(detector, 'module'):  # test time augmentation, ranks
+            detector = detector.module
+        load_source(detector, args.checkpoint, None)
     if args.out is not None:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
     runner.test()

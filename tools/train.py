@@ -26,7 +26,9 @@ def main() -> None:
 
     from mmengine.runner import find_latest_checkpoint
 
-    from mmdet_gdino_lora.engine.preflight import check_config
+    from mmdet_gdino_lora.checks.findings import tell
+    from mmdet_gdino_lora.checks.folder import check_latest
+    from mmdet_gdino_lora.engine.preflight import check_config, check_start
     from mmdet_gdino_lora.errors import ConfigError
 
     if args.amp:
@@ -41,12 +43,14 @@ def main() -> None:
         cfg.auto_scale_lr.enable = True
     if args.resume == 'auto':
         # Where nothing was saved yet, the run begins as its config says, base included.
+        tell(check_latest(cfg.work_dir))
         cfg.resume = find_latest_checkpoint(cfg.work_dir) is not None
         cfg.load_from = None if cfg.resume else cfg.get('load_from')
     elif args.resume is not None:
         cfg.resume = True
         cfg.load_from = args.resume
     check_config(cfg)
+    check_start(cfg)
     build_runner(cfg).train()
 
 

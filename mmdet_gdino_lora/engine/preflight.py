@@ -15,9 +15,15 @@ from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS, HOOKS
 from mmengine.hooks import Hook
 
+from mmdet_gdino_lora.checks.adapter import check_lora, check_retain
+from mmdet_gdino_lora.checks.arguments import check_model
 from mmdet_gdino_lora.checks.coco_file import need_no_folder
 from mmdet_gdino_lora.checks.dataset import check_coco
-from mmdet_gdino_lora.checks.findings import tell
+from mmdet_gdino_lora.checks.findings import Finding, tell
+from mmdet_gdino_lora.checks.folder import check_folder, check_latest, check_overwriting
+from mmdet_gdino_lora.checks.resumed import check_resumed
+from mmdet_gdino_lora.checks.run import check_run
+from mmdet_gdino_lora.engine.earlier import set_aside
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.text.caption import clean_name
 
@@ -38,6 +44,7 @@ def check_config(cfg: Mapping[str, Any], stages: Sequence[str] = ('train', 'val'
         key = '--resume' if cfg.get('resume') else 'checkpoint' if tested else 'load_from'
         _need_file(key, cfg['load_from'])
     _check_compile(cfg)
+    tell(check_run(cfg, stages))
     for stage in stages:
         for key, dataset in _datasets(f'{stage}_dataloader', cfg.get(f'{stage}_dataloader')):
             check_dataset(key, dataset, cfg.get('model') or {})
@@ -46,6 +53,16 @@ def check_config(cfg: Mapping[str, Any], stages: Sequence[str] = ('train', 'val'
         for key, metric in _metrics(f'{stage}_evaluator', cfg.get(f'{stage}_evaluator')):
             if metric.get('ann_file'):
                 _need_file(f'{key}.ann_file', metric['ann_file'])
+    tell(_check_model(cfg['model']))
+    if cfg.get('work_dir'):
+        tell(check_folder(cfg['work_dir']))
+
+
+def _check_model(model: Mapping[str, Any]) -> Iterator[Finding]:
+    yield from check_model(model)
+    if model.get('type') == 'LoRAGroundingDINO':
+        yield from check_lora(model.get('lora'))
+        yield from check_retain(model.get('retain'))
 
 
 def _check_compile(cfg: Mapping[str, Any]) -> None:
@@ -62,7 +79,9 @@ def _check_compile(cfg: Mapping[str, Any]) -> None:
 
 def _check_retain(cfg: Mapping[str, Any], key: str, classes: Sequence[str]) -> None:
     """The same name can't be both taught by the data and held to the base."""
-    retain = (cfg.get('model') or {}).get('retain') or {}
+    retain = (cfg.get('model') or {}).get('retain')
+    if not isinstance(retain, Mapping):
+        return
     retained = {_as_prompted(name) for name in retain.get('names') or ()}
     both = [name for name in classes if _as_prompted(name) in retained]
     if both:
@@ -74,6 +93,22 @@ def _check_retain(cfg: Mapping[str, Any], key: str, classes: Sequence[str]) -> N
 
 def _as_prompted(name: str) -> str:
     return clean_name(str(name)).strip().lower()
+
+
+def check_start(cfg: Mapping[str, Any]) -> None:
+    """Checks what a training run goes on from, and saves what it would write over.
+
+    Args:
+        cfg: The runner's config.
+
+    Raises:
+        ConfigError: The checkpoint to go on from is not there, or the one to begin from would be
+            written over.
+    """
+    if cfg.get('resume') and not cfg.get('load_from') and cfg.get('work_dir'):
+        tell(check_latest(cfg['work_dir'], 'resume=True'))
+    tell(check_overwriting(cfg))
+    set_aside(cfg)
 
 
 def check_dataset(key: str, dataset: Mapping[str, Any], model: Mapping[str, Any]) -> None:
@@ -143,6 +178,22 @@ class PreflightHook(Hook):
             'test': runner._test_loop,
         }
         check_config(runner.cfg, [stage for stage, loop in loops.items() if loop is not None])
+        if runner._train_loop is not None:
+            check_start(runner.cfg)
+
+    def before_train(self, runner: Any) -> None:
+        """Checks what a resumed run took from its checkpoint.
+
+        Args:
+            runner: mmengine's runner, with the checkpoint's state.
+
+        Raises:
+            ConfigError: The checkpoint's learning rate is not the config's.
+        """
+        if runner._resume and runner._has_loaded and runner.iter:
+            optimizer = runner.optim_wrapper.state_dict()
+            where = runner._load_from or 'the latest checkpoint'
+            tell(check_resumed(runner.cfg, where, runner.epoch, runner.iter, optimizer))
 
 
 def _datasets(key: str, node: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,20 +11,17 @@ from typing import Any, Optional, Union
 import torch
 from mmengine.logging import MMLogger
 from peft import LoraConfig
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.files.read import read_file, read_json
 from mmdet_gdino_lora.lora.state import LoraState, lora_state
-from mmdet_gdino_lora.lora.store.base import base_of, read_weights
+from mmdet_gdino_lora.lora.store.base import base_of
 from mmdet_gdino_lora.lora.store.checkpoint import RECORD, check_base, checked_note
-from mmdet_gdino_lora.lora.store.folder import PEFT_PREFIX
+from mmdet_gdino_lora.lora.store.folder import read_folder, without_adapter_name
 from mmdet_gdino_lora.lora.tensors import ADAPTER, base_name, is_factor
 from mmdet_gdino_lora.peft_layers.insertion import insert, take_out
 from mmdet_gdino_lora.peft_layers.out_proj import in_todays_count
-
-_FOLDER_FILES = ('adapter_model.safetensors', 'adapter_model.bin')
 
 
 @torch.no_grad()
@@ -76,7 +72,7 @@ def _put_in(detector: nn.Module, config: LoraConfig, name: str) -> dict[str, Ten
     for parameter_name, parameter in detector.named_parameters():
         parameter.requires_grad_(requires_grad.get(base_name(parameter_name), False))
         if base_name(parameter_name) not in requires_grad:
-            added[_without_adapter(parameter_name, name)] = parameter
+            added[without_adapter_name(parameter_name, name)] = parameter
     return added
 
 
@@ -155,17 +151,14 @@ def _injected(detector: nn.Module) -> LoraState:
 def _read(source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights by plain name without adapter names, and the record that came with them."""
     if os.path.isdir(source):
-        paths = [os.path.join(source, name) for name in _FOLDER_FILES]
-        path = next(filter(os.path.isfile, paths), paths[0])
-        weights = {name.removeprefix(PEFT_PREFIX): w for name, w in read_weights(path).items()}
-        return weights, _note_in(path)
+        return read_folder(source)
     content = read_file(source)
     state_dict = content.get('state_dict', content)
     if not isinstance(state_dict, Mapping):
         raise ConfigError(f'{source} holds no weights; give a folder or checkpoint of an adapter.')
     note = checked_note(_metadata_of(state_dict).get(RECORD), source)
     found = {name: w for name, w in state_dict.items() if isinstance(w, Tensor)}
-    weights = {_without_adapter(name, ADAPTER): w for name, w in found.items()}
+    weights = {without_adapter_name(name, ADAPTER): w for name, w in found.items()}
     weights = {n if is_factor(n) else base_name(n): w for n, w in weights.items()}
     return weights, note
 
@@ -175,25 +168,6 @@ def _metadata_of(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     metadata = getattr(state_dict, '_metadata', None)
     own = metadata.get('') if isinstance(metadata, Mapping) else None
     return own if isinstance(own, Mapping) else {}
-
-
-def _note_in(path: str) -> dict[str, Any]:
-    """The record in a safetensors file's metadata; PEFT's older ``.bin`` has none."""
-    if not path.endswith('.safetensors'):
-        return {}
-    with safe_open(path, 'pt') as file:
-        text = (file.metadata() or {}).get(RECORD, 'null')
-    try:
-        note = json.loads(text)
-    except (ValueError, RecursionError):
-        note = text
-    return checked_note(note, path)
-
-
-def _without_adapter(name: str, adapter: str) -> str:
-    if not is_factor(name):
-        return name
-    return name.replace(f'.{adapter}.', '.').removesuffix(f'.{adapter}')
 
 
 def _config(note: Mapping[str, Any], source: str, weights: Mapping[str, Tensor]) -> LoraConfig:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.objective.focal import background_focal
 from mmdet_gdino_lora.objective.targets import Targets
 
@@ -67,7 +68,7 @@ class Group:
         bad = np.argwhere(~np.isfinite(values))
         if len(bad):
             kind, layer, image = bad[0]
-            raise ValueError(
+            raise ConfigError(
                 f'{("pred_logits", "pred_boxes")[kind]} of {self.names[layer]}, image '
                 f'{image} of the batch, hold NaN or infinite values: the training has diverged; '
                 'lower the learning rate, clip gradients, or use bfloat16 instead of float16'

@@ -12,6 +12,7 @@ from mmengine.logging import MMLogger
 from peft import LoraConfig
 from torch import nn
 
+from mmdet_gdino_lora.checks.findings import tell
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora.inject.presets import (
     adaptable_modules,
@@ -19,6 +20,7 @@ from mmdet_gdino_lora.lora.inject.presets import (
     preset_targets,
     user_targets,
 )
+from mmdet_gdino_lora.lora.inject.size import check_size
 from mmdet_gdino_lora.lora.tensors import ADAPTER
 from mmdet_gdino_lora.peft_layers.insertion import insert
 
@@ -54,13 +56,6 @@ def lora_config(fields: Mapping[str, Any]) -> LoraConfig:
     Raises:
         ConfigError: For a key or a value that it doesn't take.
     """
-    known = [field.name for field in dataclasses.fields(LoraConfig)]
-    for key in fields:
-        if key not in known:
-            raise ConfigError(
-                f'lora.{key} is neither "preset" nor a field of peft.LoraConfig, which has '
-                f'{", ".join(sorted(known))}.'
-            )
     if fields.get('target_modules') == 'all-linear':
         raise ConfigError("lora.target_modules='all-linear': write lora.preset='all' instead.")
     fields = {'target_modules': [], **fields}
@@ -127,10 +122,12 @@ def check_variant(config: LoraConfig, detector: nn.Module, targets: Sequence[str
         targets: Names of the modules that are to get it.
 
     Raises:
-        ConfigError: For kinds of layers that can't carry this adapter.
+        ConfigError: For kinds of layers that can't carry this adapter, or more of it than there is
+            memory for.
     """
-    kinds: dict[type, list[str]] = {}
     modules = adaptable_modules(detector)
+    tell(check_size(config, {name: modules[name] for name in targets}))
+    kinds: dict[type, list[str]] = {}
     for name in targets:
         kinds.setdefault(type(modules[name]), []).append(name)
     for kind, names in kinds.items():

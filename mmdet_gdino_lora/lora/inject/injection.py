@@ -11,6 +11,8 @@ from mmengine.logging import MMLogger
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from mmdet_gdino_lora.checks.adapter import check_lora
+from mmdet_gdino_lora.checks.findings import tell
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora.inject.config import (
     DEFAULT_PRESET,
@@ -52,7 +54,7 @@ def inject(
         ConfigError: For a key that ``LoraConfig`` doesn't have, an unknown preset, a target or
             pattern that matches nothing, or a variant that PEFT can't apply to a kind of layer.
     """
-    fields = plain_fields(lora)
+    fields = _checked(lora)
     preset = fields.pop('preset', None)
     config = lora_config(fields)
     targets = resolve_targets(detector, config, preset, train_box_head)
@@ -87,6 +89,11 @@ def inject(
     report = describe(detector)
     MMLogger.get_current_instance().info('LoRA injected:\n%s', report.table())
     return report
+
+
+def _checked(lora: Any) -> dict[str, Any]:
+    tell(finding for finding in check_lora(lora) if finding.fatal)
+    return plain_fields(lora)
 
 
 def _check_base(detector: nn.Module, config: LoraConfig) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import torch
 from peft import get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -17,12 +19,22 @@ from mmdet_gdino_lora.engine.atomic import atomic
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora.inject.report import describe
 from mmdet_gdino_lora.lora.state import lora_state
-from mmdet_gdino_lora.lora.store.base import unrounded
-from mmdet_gdino_lora.lora.store.checkpoint import RECORD, record
-from mmdet_gdino_lora.lora.tensors import LABEL_EMBEDDING, base_name, is_factor, named_tensors
+from mmdet_gdino_lora.lora.store.base import read_weights, unrounded
+from mmdet_gdino_lora.lora.store.checkpoint import RECORD, checked_note, record
+from mmdet_gdino_lora.lora.tensors import (
+    ADAPTER,
+    LABEL_EMBEDDING,
+    base_name,
+    is_factor,
+    named_tensors,
+)
 from mmdet_gdino_lora.peft_layers.layers import adapter_layers, is_adapted
 
 PEFT_PREFIX = 'base_model.model.'
+WEIGHTS = 'adapter_model.safetensors'
+_OLDER_WEIGHTS = 'adapter_model.bin'
+FILES = ('adapter_config.json', WEIGHTS, 'README.md')
+"""What an adapter's folder holds."""
 
 
 def write_weights(
@@ -81,12 +93,93 @@ def export_adapter(
     tensors = {**named_tensors(detector), **(weights or detector.state_dict())}
     _write_text(os.path.join(folder, 'adapter_config.json'), json.dumps(fields, indent=2))
     write_card(detector, folder, classes=classes, metrics=metrics)
-    with atomic(os.path.join(folder, 'adapter_model.safetensors')) as partial:
+    with atomic(os.path.join(folder, WEIGHTS)) as partial:
         save_file(
             _peft_weights(detector, saved, tensors),
             partial,
             metadata={'format': 'pt', RECORD: json.dumps(record(detector))},
         )
+
+
+def read_folder(folder: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads an adapter folder in PEFT's format.
+
+    Args:
+        folder: As :func:`export_adapter`, or PEFT, writes it.
+
+    Returns:
+        Weights by plain name, without adapter names; and the record that came with them, empty
+        where there is none.
+
+    Raises:
+        ConfigError: It holds no adapter, or the file is damaged.
+    """
+    paths = [os.path.join(folder, name) for name in (WEIGHTS, _OLDER_WEIGHTS)]
+    path = next(filter(os.path.isfile, paths), None)
+    if path is None:
+        raise ConfigError(
+            f'{folder} is a folder without {WEIGHTS}, and so no adapter; give the folder that '
+            'tools/export_adapter.py wrote, or a checkpoint'
+        )
+    weights = {name.removeprefix(PEFT_PREFIX): w for name, w in read_weights(path).items()}
+    return weights, _note_in(path)
+
+
+def _note_in(path: str) -> dict[str, Any]:
+    """The record in a safetensors file's metadata; PEFT's older ``.bin`` has none."""
+    if not path.endswith('.safetensors'):
+        return {}
+    with safe_open(path, 'pt') as file:
+        text = (file.metadata() or {}).get(RECORD, 'null')
+    try:
+        note = json.loads(text)
+    except (ValueError, RecursionError):
+        note = text
+    return checked_note(note, path)
+
+
+def folder_as_checkpoint(detector: nn.Module, folder: str) -> dict[str, Any]:
+    """Reads an adapter folder in the form of a training run's checkpoint.
+
+    Args:
+        detector: The one that will load it, with an adapter of the same config.
+        folder: As for :func:`read_folder`.
+
+    Returns:
+        What mmengine's checkpoints hold: a ``state_dict`` with the adapter's record, and ``meta``.
+
+    Raises:
+        ConfigError: As :func:`read_folder`; or the detector has no adapter to load it into.
+    """
+    weights, note = read_folder(folder)
+    if lora_state(detector).config is None:
+        raise ConfigError(
+            f'{folder} holds an adapter, but the config sets no model.lora; use the config that it '
+            'was trained with'
+        )
+    own = {without_adapter_name(n): n for n in named_tensors(detector) if is_factor(n, ADAPTER)}
+    # PEFT leaves out the last part of a DoRA magnitude's name.
+    own.update({name.removesuffix('.weight'): n for name, n in own.items() if 'magnitude' in name})
+    own = {base_name(name): n for name, n in own.items()}
+    state_dict = OrderedDict((own.get(base_name(n), n), w) for n, w in weights.items())
+    # Where torch keeps what belongs to a module's state and is no tensor.
+    state_dict._metadata = {'': {RECORD: note}} if note else {}
+    return dict(meta={}, state_dict=state_dict)
+
+
+def without_adapter_name(name: str, adapter: str = ADAPTER) -> str:
+    """The name that a factor has in a file.
+
+    Args:
+        name: Of a parameter.
+        adapter: The adapter's name in the detector.
+
+    Returns:
+        The name without it; other parameters' names as they are.
+    """
+    if not is_factor(name):
+        return name
+    return name.replace(f'.{adapter}.', '.').removesuffix(f'.{adapter}')
 
 
 def write_card(
