@@ -64,8 +64,9 @@ def _put_in(detector: nn.Module, config: LoraConfig, name: str) -> dict[str, Ten
     try:
         insert(config, detector, name)
     except Exception as error:  # PEFT's own, of many kinds
+        reason = ' '.join(str(error).split())
         raise ConfigError(
-            f'adapter {name!r} does not go onto this detector ({error}); use its own config.'
+            f'adapter {name!r} does not go onto this detector ({reason}); use its own config.'
         ) from error
     lora_state(detector).switch.adapters_changed()
     added: dict[str, Tensor] = {}

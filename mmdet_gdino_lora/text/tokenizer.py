@@ -305,15 +305,11 @@ class CaptionTokenizer:
         sampled: bool = False,
     ) -> TokenizedCaption:
         input_ids = np.array(ids, dtype=np.int32)
-        segment_ids, position_ids = segments(self._is_special[input_ids])
-
+        tokens = (text, input_ids, *segments(self._is_special[input_ids]))
         spans = [[list(span) for span in phrase] for phrase in char_spans]
         if labels is None:
             return TokenizedCaption(
-                text,
-                input_ids,
-                segment_ids,
-                position_ids,
+                *tokens,
                 tuple(names),
                 tuple(token_spans),
                 CharSpans(spans),
@@ -321,10 +317,7 @@ class CaptionTokenizer:
                 sampled,
             )
         return TokenizedCaption(
-            text,
-            input_ids,
-            segment_ids,
-            position_ids,
+            *tokens,
             dict(zip(labels, names)),
             dict(zip(labels, token_spans)),
             dict(zip(labels, map(CharSpans, spans))),
@@ -349,6 +342,11 @@ class CaptionTokenizer:
         return piece
 
     def _encode(self, text: str) -> tuple[list[int], list[CharSpan]]:
+        if not text.isascii() and any('\ud800' <= letter <= '\udfff' for letter in text):
+            raise ConfigError(
+                f'{text!r} has half a character in it (\\ud800 to \\udfff, as a file that was cut '
+                'leaves it); write the name anew'
+            )
         encoding = self._core.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 

@@ -15,7 +15,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Optional
+from typing import Any
 
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
@@ -164,6 +164,12 @@ def _load(
     incoming = {n[len(prefix) :]: v for n, v in state_dict.items() if n.startswith(prefix)}
     if not incoming:
         return
+    for name, value in incoming.items():
+        if not isinstance(value, Tensor):
+            raise ConfigError(
+                f'the checkpoint holds a {type(value).__name__} under {name}, where weights belong '
+                'and is damaged; use another copy.'
+            )
     note = checked_note(local_metadata.get(RECORD), 'the checkpoint')
     if state.config is None:
         if any('.lora_' in name for name in incoming):
@@ -200,7 +206,7 @@ def _from_plain(detector: nn.Module, incoming: dict[str, Tensor]) -> dict[str, T
 
 
 def _from_adapter(
-    detector: nn.Module, incoming: dict[str, Tensor], note: Optional[Mapping[str, Any]]
+    detector: nn.Module, incoming: dict[str, Tensor], note: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     state = lora_state(detector)
     _check_adapter(detector, incoming, note)
@@ -212,24 +218,31 @@ def _from_adapter(
             'it was trained with.'
         )
     found = {names[base_name(name)]: value for name, value in incoming.items()}
-    base = note and note.get('base')
+    plain = {base_name(name) for name in incoming} | {LABEL_EMBEDDING}
+    absent = [name for name in note.get('changed') or () if name in names and name not in plain]
+    if absent:
+        raise ConfigError(
+            f'the checkpoint lacks {absent[0]!r} ({len(absent)} of what was trained): it is '
+            'damaged; use another copy.'
+        )
+    base = note.get('base')
     if all(name in found for name, _ in detector.named_parameters()):  # the base came along
         state.stands_on(Base(**_base_fields(base)) if base else None)
-        state.brought((note or {}).get('changed', ()))
+        state.brought(note.get('changed') or ())
     else:
         if base:
             check_base(detector, base)
         else:
             _take_base_on_trust(state)
         state.brought(base_name(name) for name in found)
-    return in_todays_count(found, (note or {}).get('attention_output_factor'))
+    return in_todays_count(found, note.get('attention_output_factor'))
 
 
 def _check_adapter(
-    detector: nn.Module, incoming: dict[str, Tensor], note: Optional[Mapping[str, Any]]
+    detector: nn.Module, incoming: dict[str, Tensor], note: Mapping[str, Any]
 ) -> None:
     state = lora_state(detector)
-    theirs, ours = (note or {}).get('adapter', {}), record(detector)['adapter']
+    theirs, ours = note.get('adapter') or {}, record(detector)['adapter']
     for key in _MEANING:
         if key in theirs and theirs[key] != ours[key]:
             raise ConfigError(
@@ -255,7 +268,7 @@ def _check_adapter(
         raise ConfigError(
             f'the checkpoint adapts other modules than lora.preset={state.preset!r} does '
             f'({module} only {"in the checkpoint" if name in theirs else "in the model"}); it was '
-            f'trained with preset={(note or {}).get("preset")!r}.'
+            f'trained with preset={note.get("preset")!r}.'
         )
 
 
