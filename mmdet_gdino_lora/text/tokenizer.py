@@ -344,8 +344,7 @@ class CaptionTokenizer:
     def _encode(self, text: str) -> tuple[list[int], list[CharSpan]]:
         if not text.isascii() and any('\ud800' <= letter <= '\udfff' for letter in text):
             raise ConfigError(
-                f'{text!r} has half a character in it (\\ud800 to \\udfff, as a file that was cut '
-                'leaves it); write the name anew'
+                f'{text!r} has half a character in it, as a cut file leaves it; write the name anew'
             )
         encoding = self._core.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
