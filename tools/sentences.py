@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,12 +36,12 @@ def page() -> str:
     """The page as it should be: what people wrote, and below it what the code says."""
     by_hand = PAGE.read_text(encoding='utf-8').partition(HEADING)[0]
     text = by_hand + HEADING + INTRO
+    said = sorted(set(sentences()))
     for title, kind in (('Errors', 'error'), ('Warnings', 'warning')):
         text += f'\n### {title}\n'
-        for place in sorted({place for place, _, of in sentences() if of == kind}):
-            text += f'\n`{place}`\n\n'
-            said = {sentence for there, sentence, of in sentences() if (there, of) == (place, kind)}
-            text += ''.join(f'- {sentence}\n' for sentence in sorted(said))
+        places = itertools.groupby((s for s in said if s[2] == kind), key=lambda s: s[0])
+        for place, told in places:
+            text += f'\n`{place}`\n\n' + ''.join(f'- {sentence}\n' for _, sentence, _ in told)
     return text
 
 

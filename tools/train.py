@@ -28,6 +28,7 @@ def main() -> None:
 
     from mmdet_gdino_lora.checks.findings import tell
     from mmdet_gdino_lora.checks.folder import check_latest
+    from mmdet_gdino_lora.engine.earlier import set_aside
     from mmdet_gdino_lora.engine.preflight import check_config, check_start
     from mmdet_gdino_lora.errors import ConfigError
 
@@ -51,7 +52,9 @@ def main() -> None:
         cfg.load_from = args.resume
     check_config(cfg)
     check_start(cfg)
-    build_runner(cfg).train()
+    runner = build_runner(cfg)
+    set_aside(cfg)  # now that the run can begin
+    runner.train()
 
 
 def use_amp(cfg) -> None:

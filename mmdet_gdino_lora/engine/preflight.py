@@ -96,7 +96,7 @@ def _as_prompted(name: str) -> str:
 
 
 def check_start(cfg: Mapping[str, Any]) -> None:
-    """Checks what a training run goes on from, and saves what it would write over.
+    """Checks what a training run goes on from, and that it does not write over what it begins with.
 
     Args:
         cfg: The runner's config.
@@ -108,7 +108,6 @@ def check_start(cfg: Mapping[str, Any]) -> None:
     if cfg.get('resume') and not cfg.get('load_from') and cfg.get('work_dir'):
         tell(check_latest(cfg['work_dir'], 'resume=True'))
     tell(check_overwriting(cfg))
-    set_aside(cfg)
 
 
 def check_dataset(key: str, dataset: Mapping[str, Any], model: Mapping[str, Any]) -> None:
@@ -182,7 +181,7 @@ class PreflightHook(Hook):
             check_start(runner.cfg)
 
     def before_train(self, runner: Any) -> None:
-        """Checks what a resumed run took from its checkpoint.
+        """Checks what a resumed run took from its checkpoint, and saves an earlier run's.
 
         Args:
             runner: mmengine's runner, with the checkpoint's state.
@@ -194,6 +193,7 @@ class PreflightHook(Hook):
             optimizer = runner.optim_wrapper.state_dict()
             where = runner._load_from or 'the latest checkpoint'
             tell(check_resumed(runner.cfg, where, runner.epoch, runner.iter, optimizer))
+        set_aside(runner.cfg)
 
 
 def _datasets(key: str, node: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:

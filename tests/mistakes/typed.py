@@ -83,21 +83,20 @@ def make(mistake: Mistake, things: Things, new: Path, capsys: pytest.CaptureFixt
 
 @contextmanager
 def warnings_of_the_log() -> Iterator[list[str]]:
-    """Collects what mmengine's log is warned of; its loggers are not in Python's tree of them."""
+    """Collects what mmengine's logs are warned of; they are not in Python's tree of loggers."""
     found: list[str] = []
+    write = MMLogger.callHandlers
 
-    class Collects(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.levelno >= logging.WARNING:
-                found.append(record.getMessage())
+    def collecting(logger: MMLogger, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            found.append(record.getMessage())
+        write(logger, record)
 
     # A new one writes to the stdout of now; the last run's may be closed.
-    handler, logger = Collects(), MMLogger.get_instance(f'mistake_{next(_NUMBER)}')
-    logger.addHandler(handler)
-    try:
+    MMLogger.get_instance(f'mistake_{next(_NUMBER)}')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MMLogger, 'callHandlers', collecting)
         yield found
-    finally:
-        logger.removeHandler(handler)
 
 
 def files(folder: Path) -> dict[str, tuple[int, int]]:
