@@ -18,18 +18,28 @@ for _message in ('pkg_resources is deprecated', 'torch.meshgrid: in an upcoming 
 def run(main: Callable[[], None]) -> None:
     """Runs a tool. A ``ConfigError`` ends it with one sentence and status 2, without a traceback.
 
+    So does what ends a run from outside, such as a loader's worker that is killed.
+
     Args:
         main: The tool.
     """
     try:
         main()
-    except ValueError as error:
-        # By name: importing the package may be what failed.
-        if type(error).__name__ != 'ConfigError':
+    except (ValueError, RuntimeError) as error:
+        sentence = _sentence(error)
+        if sentence is None:
             raise
         sys.stdout.flush()
-        print(f'error: {error}', file=sys.stderr)
+        print(f'error: {sentence}', file=sys.stderr)
         sys.exit(2)
+
+
+def _sentence(error: Exception) -> Optional[str]:
+    try:
+        from mmdet_gdino_lora.engine.endings import ending
+    except Exception:  # the package can't be imported, which may be what the error says
+        return str(error) if type(error).__name__ == 'ConfigError' else None
+    return ending(error)
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -163,4 +163,3 @@ def _can_be_built_anew(loader: Any) -> bool:
         and hasattr(loader.batch_sampler, 'sampler')
         and not isinstance(loader.batch_sampler, VisitedBatches)
     )
-

@@ -1,0 +1,62 @@
+"""What ends a run from outside, in one sentence: a worker that is killed, a rank that is gone."""
+
+from __future__ import annotations
+
+import re
+from typing import Optional
+
+from torch import distributed
+
+RESUME = 'what was saved is whole: the same command with --resume goes on from the last checkpoint'
+_WORKER = re.compile(r'DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)', re.S)
+_OF_A_WORKER = re.compile(r'Caught ConfigError in .*\bConfigError: (.*)', re.S)
+_GONE = re.compile(
+    r'Connection (?:closed|reset) by (?:remote )?peer|Broken pipe|Socket closed'
+    r'|remote process exited|NCCL error|NCCL communicator was aborted|Timed? ?out waiting',
+    re.I,
+)
+
+
+def ending(error: BaseException) -> Optional[str]:
+    """Tells what ended a run.
+
+    Args:
+        error: What training raised.
+
+    Returns:
+        A sentence; None where the error is of another kind, and its traceback is worth reading.
+    """
+    chain: list[BaseException] = []
+    current: Optional[BaseException] = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    for one in chain:
+        sentence = _sentence(one)
+        if sentence:
+            return sentence
+    return None
+
+
+def _sentence(error: BaseException) -> Optional[str]:
+    if any(kind.__name__ == 'ConfigError' for kind in type(error).__mro__):
+        raised_in_worker = _OF_A_WORKER.search(str(error))
+        return (raised_in_worker.group(1) if raised_in_worker else str(error)).strip()
+    if not isinstance(error, RuntimeError):
+        return None
+    worker = _WORKER.search(str(error))
+    if worker:
+        how = ' '.join(worker.group(2).split()).rstrip('. ')
+        return (
+            f'a worker of a data loader (process {worker.group(1)}) is gone: it {how}; most often '
+            'the system ends one when memory is short: lower num_workers of the loaders or the '
+            'batch size; ' + RESUME
+        )
+    if distributed.is_initialized() and _GONE.search(str(error)):
+        rank, count = distributed.get_rank(), distributed.get_world_size()
+        return (
+            f'rank {rank} of {count} lost another rank, which ended or hangs (the launcher names '
+            f'it, and its own last words are above: {" ".join(str(error).split())[-120:]}); '
+            + RESUME
+        )
+    return None
