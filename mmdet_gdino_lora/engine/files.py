@@ -73,8 +73,13 @@ def disk_is_full(what: str, work_dir: str, partial_folder: str = '') -> Iterator
             f'{last} and what was saved before it are whole' if whole else 'nothing was saved yet'
         )
         reason = getattr(error, 'strerror', None) or str(error)
+        remedy = 'look at that disk and folder'
+        if any(word in reason for word in ('space', 'quota', 'large')):
+            remedy = (
+                'free space on that disk (default_hooks.checkpoint.max_keep_ckpts keeps fewer '
+                'checkpoints)'
+            )
         raise DiskFullError(
-            f'{what} could not be written ({reason}); {kept}; free space on that disk (or choose '
-            f'another --work-dir, or fewer checkpoints with default_hooks.checkpoint.max_keep_ckpts)'
-            f'{" and go on with --resume" if whole else " and start again"}'
+            f'{what} could not be written ({reason}); {kept}; {remedy} and '
+            f'{"go on with --resume" if whole else "start again"}'
         ) from error

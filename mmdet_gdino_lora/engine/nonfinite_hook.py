@@ -202,8 +202,8 @@ class NonFiniteHook(Hook):
             return
         in_a_row = f' ({self._in_a_row} in a row)' if self._skips_left_out else ''
         raise ConfigError(
-            f'{told}{in_a_row}; lower the learning rate ({_rate(self._runner)} now), clip gradients, '
-            'or use bfloat16 instead of float16, and go on with --resume from the last checkpoint'
+            f'{told}{in_a_row}; lower the learning rate ({_rate(self._runner)} now), clip '
+            'gradients, or use bfloat16 instead of float16, and go on with --resume'
         )
 
 

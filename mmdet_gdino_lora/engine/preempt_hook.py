@@ -23,9 +23,9 @@ STATUS = 128 + signal.SIGTERM
 class PreemptHook(Hook):
     """On SIGTERM lets the iteration end, saves a checkpoint, and ends the process.
 
-    ``--resume`` goes on from there, with :class:`~.engine.seed_hook.ResumableSeedHook` to the bit, also
-    in the middle of an epoch. ``preempted.pth`` is gone as soon as a later checkpoint is there. The
-    process ends with status 143.
+    ``--resume`` goes on from there, with :class:`~.engine.seed_hook.ResumableSeedHook` to the bit,
+    also in the middle of an epoch. ``preempted.pth`` is gone as soon as a later checkpoint is
+    there. The process ends with status 143.
 
     On several ranks the signal may reach all or one; all stop at the same iteration
     (:mod:`~.engine.agreement`). A validation that is running comes to its end first. Workers of the
@@ -94,8 +94,8 @@ class PreemptHook(Hook):
             if is_main_process():
                 name_last(runner.work_dir, path)
         runner.logger.warning(
-            'SIGTERM came: the run was saved after iteration %d to %s and ends here; the same command '
-            'with --resume goes on from there.',
+            'SIGTERM came: the run was saved after iteration %d to %s and ends here; the same '
+            'command with --resume goes on from there.',
             runner.iter + 1,
             path,
         )

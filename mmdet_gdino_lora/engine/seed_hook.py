@@ -24,8 +24,8 @@ class ResumableSeedHook(Hook):
 
     mmengine's checkpoints don't hold the state of the random generators, so that a resumed run
     draws other denoising queries, dropout and augmentation than the run that was not stopped. With
-    this hook both end with the same weights (on the CPU bit for bit), wherever augmentation runs: in
-    the main process or in any number of workers, persistent or not (see :mod:`~.engine.visits`). A
+    this hook both end with the same weights (on the CPU bit for bit), wherever augmentation runs:
+    in the main process or in any number of workers, persistent or not (:mod:`~.engine.visits`). A
     checkpoint from the middle of an epoch goes on there; what was seen is not loaded again.
 
     An image that can no longer be read is told, and another takes its place.
@@ -143,8 +143,8 @@ class ResumableSeedHook(Hook):
         if batches == len(self._batches or ()):
             return seen
         MMLogger.get_current_instance().warning(
-            'the checkpoint is from batch %d of an epoch of %d batches, which now has %d: the epoch '
-            'begins anew.',
+            'the checkpoint is from batch %d of an epoch of %d batches, which now has %d: the '
+            'epoch begins anew.',
             seen,
             batches,
             len(self._batches or ()),

@@ -1,11 +1,12 @@
 """An image that can't be read when its turn comes: another takes its place, and it is told.
 
-Files are looked at before a run starts, and go bad after that: a disk fails, somebody moves a folder.
+Files are looked at before a run starts, and go bad after that: a disk fails, a folder is moved.
 Workers put the paths onto the sample that took the place; the main process counts them.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, Optional
 
@@ -87,8 +88,8 @@ class UnreadableImages:
             counted = f'{count}, more than max_unreadable={self._most} of ResumableSeedHook'
             raise ConfigError(_too_many(list(self._paths), counted))
         MMLogger.get_current_instance().warning(
-            '%s can no longer be read; another image takes its place (%d of at most %d such images, '
-            '%d samples so far).',
+            '%s can no longer be read; another image takes its place (%d of at most %d such '
+            'images, %d samples so far).',
             path,
             count,
             self._most,
@@ -107,10 +108,8 @@ def _too_many(paths: list[str], counted: str) -> str:
 def _unreadable(dataset: Any, index: Any, error: Exception) -> Optional[str]:
     """The image file that an error is about, if it can't be read indeed."""
     named = [getattr(error, 'filename', None), str(error).partition('failed to load image: ')[2]]
-    try:
+    with contextlib.suppress(Exception):  # without it, what the error names has to do
         named.append(dataset.get_data_info(index).get('img_path'))
-    except Exception:  # a data set without: what the error names has to do
-        pass
     return next((str(path) for path in named if path and not _can_be_read(str(path))), None)
 
 

@@ -1,10 +1,10 @@
 """Samples that know when they are visited: randomness by visit, whoever loads them, and resuming.
 
-A training loader is built anew around the same data set. Its batch sampler hands out, in place of an
-index, a :class:`Visit`: the index with the epoch and the place in the sampler's stream. The data set
-seeds the random generators with it before the sample is made, so that augmentation is the same in the
-main process, in one worker or in eight, in workers that live on or start anew, and after resuming.
-What a resumed run has seen already is counted off in the sampler, and no image of it is loaded.
+A training loader is built anew around the same data set. Its batch sampler hands out, in place of
+an index, a :class:`Visit`: the index with the epoch and the place in the sampler's stream. The data
+set seeds the random generators with it before the sample is made, so that augmentation is the same
+in the main process, in one worker or in eight, in workers that live on or start anew, and after
+resuming. What a resumed run has seen is counted off in the sampler, and no image of it is loaded.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Visit(NamedTuple):
 
 
 class VisitedDataset(Dataset):
-    """A data set whose samples' randomness depends on the visit alone; otherwise the data set itself.
+    """A data set whose samples' randomness depends on the visit alone; else the data set itself.
 
     Attributes, metainfo and pipeline among them, are read from the data set within, and written to
     it, as hooks that switch pipelines do.
