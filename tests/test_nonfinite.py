@@ -1,0 +1,217 @@
+"""NaN in a training step: named, kept for a replay, and nothing learns from it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmdet.registry import HOOKS
+from mmengine.hooks import EMAHook, Hook
+from mmengine.runner import Runner
+
+from mmdet_gdino_lora.engine.replay import Replay
+from mmdet_gdino_lora.errors import ConfigError
+from tests.faults.smallest import smallest
+from tests.tool_run import ROOT, run_tool
+
+PLACES = ['forward', 'loss', 'gradient', 'cost']
+
+
+@HOOKS.register_module(force=True)
+class NaNHook(Hook):
+    """Makes some steps NaN in one place, and notes what every step left behind.
+
+    Args:
+        where: One of ``PLACES``.
+        at: Iterations.
+    """
+
+    priority = 'LOWEST'
+
+    def __init__(self, where: str, at: list[int]) -> None:
+        self.where, self.at = where, at
+        self.states: list[dict[str, torch.Tensor]] = []
+        self._handle: Any = None
+
+    def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        if runner.iter not in self.at:
+            return
+        model = runner.model
+        if self.where == 'forward':
+            layer = model.decoder.layers[1]
+            self._handle = layer.register_forward_hook(lambda module, inputs, out: out * math.nan)
+        elif self.where == 'loss':
+            self._handle = model.bbox_head.criterion.register_forward_hook(nan_of_one_component)
+        elif self.where == 'gradient':
+            weight = model.decoder.layers[0].ffn.layers[1].lora_A['default'].weight
+            self._handle = weight.register_hook(lambda grad: grad * math.inf)
+        else:
+            matcher = model.bbox_head.criterion.matcher
+            cost = matcher.costs[1]
+            kept, cost.weight = cost.weight, math.nan
+            self._handle = Back(lambda: setattr(cost, 'weight', kept))
+
+    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        self.states.append(state(runner))
+
+
+class Back:
+    def __init__(self, remove: Any) -> None:
+        self.remove = remove
+
+
+def nan_of_one_component(module: Any, inputs: Any, losses: dict) -> dict:
+    return {n: value * math.nan if n == 'loss_giou_0' else value for n, value in losses.items()}
+
+
+def state(runner: Runner) -> dict[str, torch.Tensor]:
+    """Everything that a step may touch: weights, the optimizer's state, averages."""
+    found = {f'model.{n}': v for n, v in runner.model.state_dict().items()}
+    for number, of_one in runner.optim_wrapper.optimizer.state_dict()['state'].items():
+        found.update({f'optimizer.{number}.{n}': torch.as_tensor(v) for n, v in of_one.items()})
+    for hook in runner.hooks:
+        if isinstance(hook, EMAHook):
+            found.update({f'average.{n}': v for n, v in hook.ema_model.state_dict().items()})
+    return {name: value.detach().clone() for name, value in found.items()}
+
+
+def train(work_dir: Path, text_dir: str, base: str, where: str, at: list[int], **hook: Any):
+    """Six iterations; returns the runner, or the error, and the states after the steps."""
+    nan = dict(type='NaNHook', where=where, at=at)
+    cfg = smallest(
+        str(work_dir),
+        text_dir,
+        base,
+        by_epoch=False,
+        epochs=3,
+        hooks=[dict(type='NonFiniteHook', **hook), dict(type='EMAHook'), nan],
+        checkpoint=dict(interval=100, save_last=False),
+    )
+    runner = Runner.from_cfg(cfg)
+    error = None
+    try:
+        runner.train()
+    except ConfigError as raised:
+        error = str(raised)
+    states = next(hook.states for hook in runner.hooks if isinstance(hook, NaNHook))
+    return runner, error, states
+
+
+def changed(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:
+    assert one.keys() == other.keys()
+    return {n.split('.')[0] for n in one if not torch.equal(one[n], other[n])}
+
+
+@pytest.fixture(scope='module')
+def small_base(text_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    from tests.builders import build, write_base
+    from tests.faults.smallest import model
+
+    path = tmp_path_factory.mktemp('small') / 'base.pth'
+    return write_base(build(text_dir, lora=None, **model()), str(path))
+
+
+NAMED = dict(
+    forward='pred_logits of decoder layer 1',
+    loss='loss components loss_giou_0',
+    gradient='gradients are',
+    cost='matching costs of layer 0',
+)
+
+
+@pytest.mark.parametrize('where', PLACES)
+def test_a_skipped_batch_touches_nothing_and_the_run_goes_on(
+    text_dir: str,
+    small_base: str,
+    tmp_path: Path,
+    where: str,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    runner, error, states = train(
+        tmp_path, text_dir, small_base, where, [2, 3], on_nonfinite='skip'
+    )
+    assert error is None and len(states) == 6
+    everything = {'model', 'optimizer', 'average'}
+    moved = [changed(a, b) for a, b in zip(states, states[1:])]
+    assert moved == [everything, set(), set(), everything, everything]
+    said = capsys.readouterr()
+    assert NAMED[where] in said.out + said.err and '2 in a row, at most 5' in said.out + said.err
+    logged = runner.message_hub.log_scalars['train/loss'].data[0]
+    assert len(logged) == 4 and all(map(math.isfinite, logged))
+
+
+@pytest.mark.parametrize('where', ['forward', 'gradient'])
+def test_the_run_ends_with_a_sentence_and_a_replay_that_shows_the_place(
+    text_dir: str,
+    small_base: str,
+    tmp_path: Path,
+    where: str,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    runner, error, states = train(tmp_path, text_dir, small_base, where, [2])
+    assert error is not None and len(states) == 2
+    assert changed(states[1], state(runner)) == set()
+    assert error.startswith('iteration 3: ') and NAMED[where] in error and '.jpg' in error
+    file = tmp_path / 'nonfinite_iter_3.pth'
+    assert f'tools/replay.py CONFIG {file}' in error and '0.001 now' in error
+
+    kept = Replay.read(str(file))
+    assert kept.moment == dict(seed=3, rank=0, iteration=2)
+    for name, value in runner.model.state_dict().items():
+        assert torch.equal(kept.weights[name], value)
+    path = str(tmp_path / 'config.py')
+    runner.cfg.dump(path)
+    capsys.readouterr()
+    run_tool(f'python tools/replay.py {path} {file}', ROOT)
+    said = capsys.readouterr().out
+    # The planted NaN is gone with the process that planted it: the same step is finite now.
+    assert "every module's output is finite" in said and 'NaN or infinite: none' in said
+
+
+def test_a_replay_finds_the_first_module_and_the_components(
+    text_dir: str, small_base: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    runner, _, _ = train(tmp_path, text_dir, small_base, 'forward', [2])
+    file = str(tmp_path / 'nonfinite_iter_3.pth')
+    replay = Replay.read(file)
+    name = next(n for n in replay.weights if 'decoder.layers.1.ffn' in n and 'lora_B' in n)
+    replay.weights[name].fill_(math.nan)
+    replay.write(file)
+    path = str(tmp_path / 'config.py')
+    runner.cfg.dump(path)
+    run_tool(f'python tools/replay.py {path} {file}', ROOT)
+    said = capsys.readouterr().out
+    assert 'decoder.layers.1.ffn' in said.split('first module whose output')[1]
+    assert 'loss_ce' in said and 'nan' in said and 'found: pred_logits of decoder layer 1' in said
+
+
+def test_as_many_in_a_row_as_allowed_end_the_run(
+    text_dir: str, small_base: str, tmp_path: Path
+) -> None:
+    settings = dict(on_nonfinite='skip', max_skips=2)
+    _, error, states = train(tmp_path, text_dir, small_base, 'loss', [1, 2, 3, 4], **settings)
+    assert error is not None and '(3 in a row)' in error and len(states) == 3
+    _, error, states = train(tmp_path / '2', text_dir, small_base, 'loss', [0, 1, 3, 4], **settings)
+    assert error is None and len(states) == 6
+
+
+def test_skipping_needs_the_norm_of_the_gradients(
+    text_dir: str, small_base: str, tmp_path: Path
+) -> None:
+    cfg = smallest(
+        str(tmp_path),
+        text_dir,
+        small_base,
+        by_epoch=False,
+        hooks=[dict(type='NonFiniteHook', on_nonfinite='skip')],
+    )
+    cfg.optim_wrapper.pop('clip_grad')
+    with pytest.raises(ConfigError, match='optim_wrapper.clip_grad'):
+        Runner.from_cfg(cfg).train()
