@@ -14,60 +14,23 @@ from mmengine.runner import Runner
 
 from mmdet_gdino_lora.engine.replay import Replay
 from mmdet_gdino_lora.errors import ConfigError
+from tests.faults.injected import NAN_PLACES
 from tests.faults.smallest import smallest
+from tests.run_small import logged
 from tests.tool_run import ROOT, run_tool
-
-PLACES = ['forward', 'loss', 'gradient', 'cost']
 
 
 @HOOKS.register_module(force=True)
-class NaNHook(Hook):
-    """Makes some steps NaN in one place, and notes what every step left behind.
-
-    Args:
-        where: One of ``PLACES``.
-        at: Iterations.
-    """
+class StatesHook(Hook):
+    """Notes what every step left behind."""
 
     priority = 'LOWEST'
 
-    def __init__(self, where: str, at: list[int]) -> None:
-        self.where, self.at = where, at
+    def __init__(self) -> None:
         self.states: list[dict[str, torch.Tensor]] = []
-        self._handle: Any = None
-
-    def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        if runner.iter not in self.at:
-            return
-        model = runner.model
-        if self.where == 'forward':
-            layer = model.decoder.layers[1]
-            self._handle = layer.register_forward_hook(lambda module, inputs, out: out * math.nan)
-        elif self.where == 'loss':
-            self._handle = model.bbox_head.criterion.register_forward_hook(nan_of_one_component)
-        elif self.where == 'gradient':
-            weight = model.decoder.layers[0].ffn.layers[1].lora_A['default'].weight
-            self._handle = weight.register_hook(lambda grad: grad * math.inf)
-        else:
-            matcher = model.bbox_head.criterion.matcher
-            cost = matcher.costs[1]
-            kept, cost.weight = cost.weight, math.nan
-            self._handle = Back(lambda: setattr(cost, 'weight', kept))
 
     def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
         self.states.append(state(runner))
-
-
-class Back:
-    def __init__(self, remove: Any) -> None:
-        self.remove = remove
-
-
-def nan_of_one_component(module: Any, inputs: Any, losses: dict) -> dict:
-    return {n: value * math.nan if n == 'loss_giou_0' else value for n, value in losses.items()}
 
 
 def state(runner: Runner) -> dict[str, torch.Tensor]:
@@ -83,14 +46,14 @@ def state(runner: Runner) -> dict[str, torch.Tensor]:
 
 def train(work_dir: Path, text_dir: str, base: str, where: str, at: list[int], **hook: Any):
     """Six iterations; returns the runner, or the error, and the states after the steps."""
-    nan = dict(type='NaNHook', where=where, at=at)
+    nan, states = dict(type='NaNHook', where=where, at=at), dict(type='StatesHook')
     cfg = smallest(
         str(work_dir),
         text_dir,
         base,
         by_epoch=False,
         epochs=3,
-        hooks=[dict(type='NonFiniteHook', **hook), dict(type='EMAHook'), nan],
+        hooks=[dict(type='NonFiniteHook', **hook), dict(type='EMAHook'), nan, states],
         checkpoint=dict(interval=100, save_last=False),
     )
     runner = Runner.from_cfg(cfg)
@@ -99,22 +62,13 @@ def train(work_dir: Path, text_dir: str, base: str, where: str, at: list[int], *
         runner.train()
     except ConfigError as raised:
         error = str(raised)
-    states = next(hook.states for hook in runner.hooks if isinstance(hook, NaNHook))
+    states = next(hook.states for hook in runner.hooks if isinstance(hook, StatesHook))
     return runner, error, states
 
 
 def changed(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:
     assert one.keys() == other.keys()
     return {n.split('.')[0] for n in one if not torch.equal(one[n], other[n])}
-
-
-@pytest.fixture(scope='module')
-def small_base(text_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    from tests.builders import build, write_base
-    from tests.faults.smallest import model
-
-    path = tmp_path_factory.mktemp('small') / 'base.pth'
-    return write_base(build(text_dir, lora=None, **model()), str(path))
 
 
 NAMED = dict(
@@ -125,14 +79,12 @@ NAMED = dict(
 )
 
 
-@pytest.mark.parametrize('where', PLACES)
+@pytest.mark.parametrize('where', NAN_PLACES)
 def test_a_skipped_batch_touches_nothing_and_the_run_goes_on(
     text_dir: str,
     small_base: str,
     tmp_path: Path,
     where: str,
-    caplog: pytest.LogCaptureFixture,
-    capsys: pytest.CaptureFixture,
 ) -> None:
     runner, error, states = train(
         tmp_path, text_dir, small_base, where, [2, 3], on_nonfinite='skip'
@@ -141,10 +93,10 @@ def test_a_skipped_batch_touches_nothing_and_the_run_goes_on(
     everything = {'model', 'optimizer', 'average'}
     moved = [changed(a, b) for a, b in zip(states, states[1:])]
     assert moved == [everything, set(), set(), everything, everything]
-    said = capsys.readouterr()
-    assert NAMED[where] in said.out + said.err and '2 in a row, at most 5' in said.out + said.err
-    logged = runner.message_hub.log_scalars['train/loss'].data[0]
-    assert len(logged) == 4 and all(map(math.isfinite, logged))
+    said = logged(tmp_path)
+    assert NAMED[where] in said and '2 in a row, at most 5' in said
+    losses = runner.message_hub.log_scalars['train/loss'].data[0]
+    assert len(losses) == 4 and all(map(math.isfinite, losses))
 
 
 @pytest.mark.parametrize('where', ['forward', 'gradient'])
@@ -160,7 +112,7 @@ def test_the_run_ends_with_a_sentence_and_a_replay_that_shows_the_place(
     assert changed(states[1], state(runner)) == set()
     assert error.startswith('iteration 3: ') and NAMED[where] in error and '.jpg' in error
     file = tmp_path / 'nonfinite_iter_3.pth'
-    assert f'tools/replay.py CONFIG {file}' in error and '0.001 now' in error
+    assert f'tools/replay.py CONFIG {file}' in error and '(0.0007 now)' in error
 
     kept = Replay.read(str(file))
     assert kept.moment == dict(seed=3, rank=0, iteration=2)

@@ -78,7 +78,7 @@ def grown(steps: int, work_dir: str) -> tuple[float, float]:
 
 def main() -> int:
     """Command line."""
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 5000
+    steps = int(sys.argv[1]) if sys.argv[1:2] and sys.argv[1].isdigit() else 5000
     register_all_modules(init_default_scope=True)
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as work_dir:
