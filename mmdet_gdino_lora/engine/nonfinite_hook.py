@@ -193,11 +193,10 @@ class NonFiniteHook(Hook):
         told = self._told or f'iteration {self._runner.iter}: another rank met NaN or infinity'
         self._told = ''
         if self._in_a_row <= self._skips_left_out:
+            # Formatted here: mmengine's logger says what has one pattern once.
             self._runner.logger.warning(
-                '%s; the batch is left out (%d in a row, at most %d).',
-                told,
-                self._in_a_row,
-                self._skips_left_out,
+                f'{told}; the batch is left out ({self._in_a_row} in a row, at most '
+                f'{self._skips_left_out}).'
             )
             return
         in_a_row = f' ({self._in_a_row} in a row)' if self._skips_left_out else ''

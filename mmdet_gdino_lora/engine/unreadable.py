@@ -87,13 +87,10 @@ class UnreadableImages:
         if count > self._most:
             counted = f'{count}, more than max_unreadable={self._most} of ResumableSeedHook'
             raise ConfigError(_too_many(list(self._paths), counted))
+        # Formatted here: mmengine's logger says what has one pattern once.
         MMLogger.get_current_instance().warning(
-            '%s can no longer be read; another image takes its place (%d of at most %d such '
-            'images, %d samples so far).',
-            path,
-            count,
-            self._most,
-            self._samples,
+            f'{path} can no longer be read; another image takes its place ({count} of at most '
+            f'{self._most} such images, {self._samples} samples so far).'
         )
 
 
