@@ -46,6 +46,7 @@ def state(runner: Runner) -> dict[str, torch.Tensor]:
 
 def train(work_dir: Path, text_dir: str, base: str, where: str, at: list[int], **hook: Any):
     """Six iterations; returns the runner, or the error, and the states after the steps."""
+    amp = hook.pop('amp', None)
     nan, states = dict(type='NaNHook', where=where, at=at), dict(type='StatesHook')
     cfg = smallest(
         str(work_dir),
@@ -56,6 +57,9 @@ def train(work_dir: Path, text_dir: str, base: str, where: str, at: list[int], *
         hooks=[dict(type='NonFiniteHook', **hook), dict(type='EMAHook'), nan, states],
         checkpoint=dict(interval=100, save_last=False),
     )
+    if amp:
+        cfg.optim_wrapper.update(amp)
+        cfg.custom_hooks.append(dict(type='LossScaleHook'))
     runner = Runner.from_cfg(cfg)
     error = None
     try:
@@ -167,3 +171,29 @@ def test_skipping_needs_the_norm_of_the_gradients(
     cfg.optim_wrapper.pop('clip_grad')
     with pytest.raises(ConfigError, match='optim_wrapper.clip_grad'):
         Runner.from_cfg(cfg).train()
+
+
+@HOOKS.register_module(force=True)
+class LossScaleHook(Hook):
+    """Gives the run a loss scale that is too large at first; mmengine's own needs a GPU."""
+
+    def before_train(self, runner: Runner) -> None:
+        scaler = torch.amp.GradScaler('cpu', init_scale=2.0**127, backoff_factor=2.0**-60)
+        runner.optim_wrapper.loss_scaler = scaler
+
+
+def test_a_loss_scale_that_is_found_is_no_fault_and_nan_under_it_is(
+    text_dir: str, small_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        'mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available', lambda: True
+    )
+    amp = dict(type='AmpOptimWrapper', dtype='bfloat16')
+    settings = dict(on_nonfinite='skip', amp=amp)
+    _, error, states = train(tmp_path, text_dir, small_base, 'forward', [3], **settings)
+    assert error is None and len(states) == 6
+    assert not any(name.startswith('optimizer') for name in states[0])  # left out by the scaler
+    moved = [changed(a, b) for a, b in zip(states[1:], states[2:])]
+    assert moved[1] == set() and moved[0] == moved[2] == {'model', 'optimizer', 'average'}
+    said = logged(tmp_path)
+    assert 'iteration 4: ' in said and said.count('the batch is left out') == 1

@@ -171,7 +171,7 @@ def strike(bench: Bench, fault: Fault) -> tuple[bool, list[str]]:
     said = bench.said(name)
     told = next((line for line in reversed(said.splitlines()) if fault.told in line), '')
     told = re.sub(r'^.*?(error:|WARNING -)', '', told).strip() if fault.told else '(killed)'
-    lost = _reached(folder) - _kept(folder)
+    lost = max(0, _reached(folder) - _kept(folder))
     partial = [str(p) for p in folder.rglob('*.partial')] if status > 0 else []
     well = status == fault.status and bool(told) and not partial
     end = 'went on' if status == 0 else ''
