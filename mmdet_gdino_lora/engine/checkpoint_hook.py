@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Sequence
 from typing import Any, Optional
 
-import torch
 from mmdet.registry import HOOKS
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
@@ -48,6 +47,7 @@ class AdapterCheckpointHook(CheckpointHook):
         super().__init__(*args, **kwargs)
         self.export = export
         self._weights: Optional[dict[str, Any]] = None
+        self._resumed: Optional[dict[str, Any]] = None
         self._exported = _Exported()
 
     backend_args: Optional[dict[str, Any]]
@@ -66,6 +66,18 @@ class AdapterCheckpointHook(CheckpointHook):
         super().before_train(runner)
         if is_main_process() and '://' not in str(self.out_dir):
             self._mend(runner)
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Keeps the weights of the checkpoint that a run resumes from, until training begins.
+
+        Args:
+            runner: mmengine's runner.
+            checkpoint: As other hooks have left it; ``EMAHook`` has put the average aside.
+        """
+        if runner.cfg.get('resume'):
+            average = checkpoint.get('ema_state_dict', {}).items()
+            plain = {n.removeprefix('module.'): w for n, w in average if n.startswith('module.')}
+            self._resumed = {**checkpoint['state_dict'], **plain}
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Keeps the weights that are about to be written, for the adapter's folder.
@@ -160,18 +172,18 @@ class AdapterCheckpointHook(CheckpointHook):
         shutil.rmtree(_adapter_folder(checkpoint), ignore_errors=True)
 
     def _mend(self, runner: Any) -> None:
+        resumed, self._resumed = self._resumed, None
+        if not os.path.isdir(self.out_dir):
+            return
         folders = [entry.path for entry in os.scandir(self.out_dir) if entry.is_dir()]
         for folder in {runner.work_dir, self.out_dir, *filter(_is_adapter_folder, folders)}:
             remove_partial(folder)
         last = last_checkpoint(runner.work_dir)
-        if not runner.iter or not os.path.isfile(last) or os.path.dirname(last) != self.out_dir:
+        if not (runner.iter and resumed and os.path.isfile(last)):
             return
-        if (
-            last.endswith('.pth')
-            and os.path.basename(last) != PREEMPTED
-            and not os.path.isfile(os.path.join(_adapter_folder(last), 'adapter_model.safetensors'))
-        ):
-            self._weights = torch.load(last, map_location='cpu', weights_only=True)['state_dict']
+        weights = os.path.join(_adapter_folder(last), 'adapter_model.safetensors')
+        if os.path.basename(last) != PREEMPTED and not os.path.isfile(weights):
+            self._weights = resumed
             self._export(runner, last, runner.iter)
             self._weights = None
 

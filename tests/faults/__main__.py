@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from mmdet.utils import register_all_modules
 
+from mmdet_gdino_lora.lora.store.base import read_file
 from tests.builders import THREADS, build, tiny_text_model, write_base
 from tests.faults import memory
 from tests.faults.injected import NAN_PLACES
@@ -206,7 +207,7 @@ def _kept(folder: Path) -> int:
     named = folder / 'last_checkpoint'
     if not named.is_file():
         return 0
-    return torch.load(named.read_text(), weights_only=True)['meta']['iter']
+    return read_file(named.read_text())['meta']['iter']
 
 
 def _is_left_over(path: Path) -> bool:

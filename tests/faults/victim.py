@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from mmdet.utils import register_all_modules
 from mmengine.runner import Runner
 
 import tests.faults.injected  # noqa: F401
+from mmdet_gdino_lora.lora.store.base import read_file
 from tests.builders import THREADS
 from tests.faults.smallest import smallest
 from tests.tool_run import TOOLS
@@ -89,4 +89,4 @@ def weights(folder: str) -> dict[str, torch.Tensor]:
     Args:
         folder: Its work dir.
     """
-    return torch.load(Path(folder, f'epoch_{EPOCHS}.pth'), weights_only=True)['state_dict']
+    return read_file(f'{folder}/epoch_{EPOCHS}.pth')['state_dict']
