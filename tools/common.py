@@ -25,7 +25,7 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         sentence = _sentence(error)
         if sentence is None:
             raise

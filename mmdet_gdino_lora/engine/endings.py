@@ -1,7 +1,8 @@
-"""What ends a run from outside, in one sentence: a worker that is killed, a rank that is gone."""
+"""What ends a run from outside, in one sentence: a killed worker, a lost rank, a full disk."""
 
 from __future__ import annotations
 
+import errno
 import re
 from typing import Optional
 
@@ -30,7 +31,7 @@ def ending(error: BaseException) -> Optional[str]:
     current: Optional[BaseException] = error
     while current is not None and current not in chain:
         chain.append(current)
-        current = current.__cause__ or current.__context__
+        current = current.__cause__
     for one in chain:
         sentence = _sentence(one)
         if sentence:
@@ -42,6 +43,9 @@ def _sentence(error: BaseException) -> Optional[str]:
     if any(kind.__name__ == 'ConfigError' for kind in type(error).__mro__):
         raised_in_worker = _OF_A_WORKER.search(str(error))
         return (raised_in_worker.group(1) if raised_in_worker else str(error)).strip()
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f' ({error.filename})' if error.filename else ''
+        return f'the disk that the run writes to is full{where}: free space there; ' + RESUME
     if not isinstance(error, RuntimeError):
         return None
     worker = _WORKER.search(str(error))
@@ -56,7 +60,7 @@ def _sentence(error: BaseException) -> Optional[str]:
         rank, count = distributed.get_rank(), distributed.get_world_size()
         return (
             f'rank {rank} of {count} lost another rank, which ended or hangs (the launcher names '
-            f'it, and its own last words are above: {" ".join(str(error).split())[-120:]}); '
+            f'it, and its own last words are above: {" ".join(str(error).split())[:160]}); '
             + RESUME
         )
     return None

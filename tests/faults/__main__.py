@@ -69,7 +69,8 @@ FAULTS = [
     _fault('while_writing_adapter', -signal.SIGKILL, ''),
     _fault('between_the_two', -signal.SIGKILL, ''),
     _fault('sigterm', 143, 'SIGTERM came: the run was saved after iteration 5', at=4),
-    _fault('disk_fills_up', 2, 'could not be written (No space left on device)'),
+    _fault('disk_fills_up', 2, 'the disk that the run writes to is full'),
+    _fault('disk_leaves_little', 2, 'could not be written (No space left on device)'),
     _fault('worker_killed', 2, 'a worker of a data loader', settings=dict(loader=WORKERS)),
     _fault('rank_dies', 2, 'rank 0 of 2 lost another rank', ranks=2, resumes=False),
     _fault('images_go_bad', 0, 'can no longer be read; another image', resumes=False),
@@ -167,7 +168,7 @@ def strike(bench: Bench, fault: Fault) -> tuple[bool, list[str]]:
     settings = dict(fault.settings)
     if fault.hook.get('what') == 'images_go_bad':
         settings['images'] = f'{bench.root}/images'
-    small_disk = fault.hook.get('what') == 'disk_fills_up' and _mount(folder)
+    small_disk = str(fault.hook.get('what')).startswith('disk') and _mount(folder)
     status = bench.run(name, settings, fault.ranks, hooks=(fault.hook,))
     said = bench.said(name)
     told = next((line for line in reversed(said.splitlines()) if fault.told in line), '')
