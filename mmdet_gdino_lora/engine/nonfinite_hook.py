@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 import torch
 from mmdet.registry import HOOKS
-from mmengine.dist import get_rank
+from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 
@@ -165,7 +165,8 @@ class NonFiniteHook(Hook):
             scaler = getattr(self._runner.optim_wrapper, 'loss_scaler', None)
             if scaler is not None and scaler.is_enabled() and scaler.get_scale() > 1:
                 return ''
-            parts.append('gradients')
+            # Their sum over the ranks doesn't say whose they were.
+            parts.append('gradients' + (' (of some rank)' if get_world_size() > 1 else ''))
         return ' and '.join(parts)
 
     def _tell(self, fault: str) -> str:

@@ -20,14 +20,17 @@ from mmdet_gdino_lora.errors import ConfigError
 KEY = 'unreadable'
 """Meta information of a sample: the paths of the images in whose place it stands."""
 
+ATTEMPTS = 100
+"""Unreadable images of one visit, the same ones drawn again included."""
 
-def readable_sample(dataset: Any, index: Any, attempts: int) -> Any:
+
+def readable_sample(dataset: Any, index: Any, most: int) -> Any:
     """Makes a sample, of another image where the one that was asked for can't be read.
 
     Args:
         dataset: The data set.
         index: Of the sample.
-        attempts: Most images that may be unreadable, one after the other.
+        most: Most images that may be unreadable, one after the other.
 
     Returns:
         The sample. Which one takes a place is drawn from numpy's generator.
@@ -45,8 +48,9 @@ def readable_sample(dataset: Any, index: Any, attempts: int) -> Any:
             if path is None:
                 raise
             paths.append(path)
-            if len(paths) > attempts:
-                raise ConfigError(_too_many(paths, f'{len(paths)} one after the other')) from error
+            different = list(dict.fromkeys(paths))
+            if len(different) > most or len(paths) > ATTEMPTS:
+                raise ConfigError(_too_many(different, most)) from error
         index = np.random.randint(len(dataset))  # noqa: NPY002 - seeded by the visit
     if paths and isinstance(sample, Mapping) and hasattr(sample.get('data_samples'), 'metainfo'):
         sample['data_samples'].set_metainfo({KEY: tuple(paths)})
@@ -85,8 +89,7 @@ class UnreadableImages:
     def _tell(self, path: str) -> None:
         count = len(self._paths)
         if count > self._most:
-            counted = f'{count}, more than max_unreadable={self._most} of ResumableSeedHook'
-            raise ConfigError(_too_many(list(self._paths), counted))
+            raise ConfigError(_too_many(list(self._paths), self._most))
         # Formatted here: mmengine's logger says what has one pattern once.
         MMLogger.get_current_instance().warning(
             f'{path} can no longer be read; another image takes its place ({count} of at most '
@@ -94,10 +97,11 @@ class UnreadableImages:
         )
 
 
-def _too_many(paths: list[str], counted: str) -> str:
+def _too_many(paths: list[str], most: int) -> str:
     named = ', '.join(paths[:5]) + (', ...' if len(paths) > 5 else '')
     return (
-        f'images that were there when the run began can no longer be read ({counted}): {named}; '
+        f'images that were there when the run began can no longer be read ({len(paths)} with '
+        f'max_unreadable={most} of ResumableSeedHook): {named}; '
         'look at the disk and the folder, put the files back and go on with --resume'
     )
 
