@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmdet_gdino_lora.engine.endings import ending
 from mmdet_gdino_lora.engine.files import DiskFullError
 from mmdet_gdino_lora.errors import ConfigError
-from mmdet_gdino_lora.lora.store.base import read_file
+from mmdet_gdino_lora.files.read import read_file
 from tests.faults.injected import FaultHook
 from tests.faults.smallest import smallest
 from tests.processes import as_ranks

@@ -8,9 +8,10 @@ from typing import Optional
 
 from torch import distributed
 
+from mmdet_gdino_lora.errors import ConfigError
+
 RESUME = 'what was saved is whole: the same command with --resume goes on from the last checkpoint'
 _WORKER = re.compile(r'DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)', re.S)
-_OF_A_WORKER = re.compile(r'Caught ConfigError in .*\bConfigError: (.*)', re.S)
 _GONE = re.compile(
     r'Connection (?:closed|reset) by (?:remote )?peer|Broken pipe|Socket closed'
     r'|remote process exited|NCCL error|NCCL communicator was aborted|Timed? ?out waiting',
@@ -41,26 +42,31 @@ def ending(error: BaseException) -> Optional[str]:
 
 def _sentence(error: BaseException) -> Optional[str]:
     if any(kind.__name__ == 'ConfigError' for kind in type(error).__mro__):
-        raised_in_worker = _OF_A_WORKER.search(str(error))
-        return (raised_in_worker.group(1) if raised_in_worker else str(error)).strip()
+        return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f' ({error.filename})' if error.filename else ''
-        return f'the disk that the run writes to is full{where}: free space there; ' + RESUME
+        return str(
+            ConfigError(
+                f'the disk that the run writes to is full{where}: free space there; {RESUME}'
+            )
+        )
     if not isinstance(error, RuntimeError):
         return None
     worker = _WORKER.search(str(error))
     if worker:
         how = ' '.join(worker.group(2).split()).rstrip('. ')
-        return (
+        told = ConfigError(
             f'a worker of a data loader (process {worker.group(1)}) is gone: it {how}; most often '
             'the system ends one when memory is short: lower num_workers of the loaders or the '
-            'batch size; ' + RESUME
+            f'batch size; {RESUME}'
         )
+        return str(told)
     if distributed.is_initialized() and _GONE.search(str(error)):
         rank, count = distributed.get_rank(), distributed.get_world_size()
-        return (
+        told = ConfigError(
             f'rank {rank} of {count} lost another rank, which ended or hangs (the launcher names '
             f'it, and its own last words are above: {" ".join(str(error).split())[:160]}); '
-            + RESUME
+            f'{RESUME}'
         )
+        return str(told)
     return None

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from mmdet.utils import register_all_modules
 
-from mmdet_gdino_lora.lora.store.base import read_file
+from mmdet_gdino_lora.files.read import read_file
 from tests.builders import THREADS, build, tiny_text_model, write_base
 from tests.faults import memory
 from tests.faults.injected import NAN_PLACES

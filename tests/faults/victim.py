@@ -11,7 +11,7 @@ from mmdet.utils import register_all_modules
 from mmengine.runner import Runner
 
 import tests.faults.injected  # noqa: F401
-from mmdet_gdino_lora.lora.store.base import read_file
+from mmdet_gdino_lora.files.read import read_file
 from tests.builders import THREADS
 from tests.faults.smallest import smallest
 from tests.tool_run import TOOLS
