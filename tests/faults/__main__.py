@@ -94,9 +94,7 @@ class Bench:
         torch.manual_seed(0)
         base = write_base(build(text_dir, lora=None, **model()), f'{root}/base.pth')
         self.settings: dict[str, Any] = dict(text_dir=text_dir, base=base)
-        began = time.monotonic()
         assert self.run('whole', dict(loader=WORKERS)) == 0, self.said('whole')[-3000:]
-        self.seconds = time.monotonic() - began
         self.weights = weights(f'{root}/whole')
 
     def start(self, name: str, settings: dict, rank: Optional[dict] = None, **others: Any) -> Any:
@@ -197,10 +195,10 @@ def _mount(folder: Path) -> bool:
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def _reached(folder: Path) -> int:
-    """Iterations that were begun."""
+def _reached(folder: Path, unmarked: int = 5) -> int:
+    """The iteration that was begun last; what is said where no run marked it."""
     marker = folder / 'reached'
-    return int(marker.read_text()) if marker.is_file() else 5
+    return int((marker.is_file() and marker.read_text()) or unmarked)
 
 
 def _kept(folder: Path) -> int:
@@ -234,16 +232,22 @@ def moments(bench: Bench) -> bool:
     same = 0
     for number in range(MOMENTS):
         name = f'moment_{number}'
-        process = bench.start(name, dict(loader=WORKERS))
-        process.join(draw.uniform(0.1, 0.95) * bench.seconds)
+        marked = dict(type='FaultHook', what='nothing', at=-1)
+        process = bench.start(name, dict(loader=WORKERS), hooks=(marked,))
+        # Anywhere in an iteration, between two, and while the checkpoints after them are written.
+        begun, later = draw.randrange(10), draw.uniform(0, 1)
+        while process.is_alive() and _reached(bench.root / name, -1) < begun:
+            time.sleep(0.01)
+        process.join(later)
         process.kill()
         process.join()
-        reached = _kept(bench.root / name)
+        kept, end = _kept(bench.root / name), process.exitcode
         status = bench.run(name, dict(loader=WORKERS), resume=True)
         well = status == 0 and bench.same(name)
         same += well
         print(
-            f'moment {number}: killed; {reached} iterations were kept; same bits: {well}',
+            f'moment {number}: status {end} in iteration {begun + 1}, {kept} were kept; '
+            f'same bits: {well}',
             flush=True,
         )
         shutil.rmtree(bench.root / name)
