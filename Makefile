@@ -1,5 +1,6 @@
 # make demo   a Grounding DINO learns new objects through LoRA adapters, in minutes, on a CPU
 # make test   lint and tests
+# make test-faults   kills, full disks, NaN and the like in real training processes; slow
 # make env    the environment both use; nothing is redone when nothing changed
 # make stack-lowest, make stack-highest   whether the package works on the oldest and the newest
 #             versions that setup.py and the check at import allow; slow: builds an environment each
@@ -23,7 +24,7 @@ STAMP := $(VENV)/.made
 # Nothing here talks to a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: env demo test lint format check-stack stack-lowest stack-highest
+.PHONY: env demo test test-faults lint format check-stack stack-lowest stack-highest
 
 env: $(STAMP)
 
@@ -66,6 +67,9 @@ format: env
 
 test: lint
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+test-faults: env
+	OMP_NUM_THREADS=1 $(RUN) -W ignore -m tests.faults
 
 check-stack: env
 	$(RUN) tools/check_stack.py

@@ -73,3 +73,11 @@ auto_scale_lr = dict(enable=False, base_batch_size=4)
 
 # Atomic writes, and the adapter in PEFT's format beside each checkpoint.
 default_hooks = dict(checkpoint=dict(type='AdapterCheckpointHook'))
+
+# A resumed run draws the random numbers of the run it continues, and goes on in the middle of an
+# epoch; SIGTERM saves and ends; NaN ends the run with the batch kept for a look ('skip' goes on).
+custom_hooks = [
+    dict(type='ResumableSeedHook'),
+    dict(type='PreemptHook'),
+    dict(type='NonFiniteHook', on_nonfinite='stop'),
+]

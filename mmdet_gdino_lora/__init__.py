@@ -13,6 +13,8 @@ from mmdet_gdino_lora.datasets import TokenSpans  # noqa: E402
 from mmdet_gdino_lora.detector import LoRAGroundingDINO  # noqa: E402
 from mmdet_gdino_lora.engine.checkpoint_hook import AdapterCheckpointHook  # noqa: E402
 from mmdet_gdino_lora.engine.compile_hook import CompileHook  # noqa: E402
+from mmdet_gdino_lora.engine.nonfinite_hook import NonFiniteHook  # noqa: E402
+from mmdet_gdino_lora.engine.preempt_hook import PreemptHook  # noqa: E402
 from mmdet_gdino_lora.engine.seed_hook import ResumableSeedHook  # noqa: E402
 from mmdet_gdino_lora.files.loaders import register_loaders  # noqa: E402
 from mmdet_gdino_lora.head import GroundingDINOCriterionHead  # noqa: E402
@@ -31,6 +33,8 @@ __all__ = [
     'GroundingDINOCriterionHead',
     'GroundingTextEncoder',
     'LoRAGroundingDINO',
+    'NonFiniteHook',
+    'PreemptHook',
     'ResumableSeedHook',
     'TokenFocalCost',
     'TokenSpans',

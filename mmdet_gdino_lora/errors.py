@@ -24,3 +24,16 @@ def _sentence(message: str) -> str:
     if not (message.startswith('Caught ConfigError in ') and f'\n{begin}' in message):
         return message
     return message.rpartition(f'\n{begin}')[2].strip()
+
+
+class NonFiniteError(ValueError):
+    """Numbers of a training step that are NaN or infinite.
+
+    Attributes:
+        where: What they are, such as ``pred_logits of decoder layer 2``.
+        images: Which images of the batch they belong to.
+    """
+
+    def __init__(self, message: str, where: str, images: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.where, self.images = where, images

@@ -19,6 +19,7 @@ from transformers.models.mm_grounding_dino import modeling_mm_grounding_dino
 
 import mmdet_gdino_lora  # noqa: F401
 from tests.builders import THREADS, build, tiny_text_model, write_base
+from tests.faults.smallest import model as smallest_model
 from tests.tool_run import Things
 
 # The same examples in every run, however slow the machine.
@@ -53,6 +54,14 @@ def base(text_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
     detector = build(text_dir, lora=None)
     return write_base(detector, str(tmp_path_factory.mktemp('base') / 'base.pth'))
+
+
+@pytest.fixture(scope='session')
+def small_base(text_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The base of the smallest model, which the tests of whole runs train."""
+    torch.manual_seed(0)
+    detector = build(text_dir, lora=None, **smallest_model())
+    return write_base(detector, str(tmp_path_factory.mktemp('small') / 'base.pth'))
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
@@ -151,6 +152,15 @@ def run(*args: Any, **kwargs: Any) -> Runner:
     runner = Runner.from_cfg(config(*args, **kwargs))
     runner.train()
     return runner
+
+
+def logged(work_dir: Any) -> str:
+    """Reads everything that runs have written into their logs.
+
+    Args:
+        work_dir: Of the runs.
+    """
+    return ''.join(path.read_text(encoding='utf-8') for path in Path(work_dir).rglob('*.log'))
 
 
 def _loop(by_epoch: bool, epochs: int, batch_size: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shlex
@@ -16,7 +17,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
 from mmengine.fileio import load
 
-from mmdet_gdino_lora import GroundingDINOCriterion
+from mmdet_gdino_lora import GroundingDINOCriterion, NonFiniteHook, ResumableSeedHook
 from mmdet_gdino_lora.lora import lora_state
 from mmdet_gdino_lora.text import token_labels
 from tests.builders import build
@@ -88,6 +89,7 @@ def launcher(things: Things, command: str) -> None:
 COMMANDS: dict[str, Callable[[Things, str], None]] = {
     'make demo': dry_make,
     'make test': dry_make,
+    'make test-faults': dry_make,
     'make env': dry_make,
     'make stack-lowest PYTHON=python3.10': dry_make,
     'make stack-highest PYTHON=python3.12': dry_make,
@@ -99,6 +101,7 @@ COMMANDS: dict[str, Callable[[Things, str], None]] = {
     ' --texts "wheel bolt . cracked tile"': ours,
     'python tools/export_adapter.py my_things.py CHECKPOINT adapter/': ours,
     'python tools/merge_adapter.py my_things.py CHECKPOINT out.pth --scale 0.5': ours,
+    'python tools/replay.py my_things.py work_dirs/my_things/nonfinite_iter_N.pth': its_help,
     'python tools/sweep_scale.py --help': its_help,
     'python tools/benchmarks/forgetting.py': its_help,
     'python tools/benchmarks/criterion.py': its_help,
@@ -188,6 +191,17 @@ def without_mmdet(code: str, text_dir: str, base: str, tmp_path: Path) -> None:
     assert outputs['pred_logits'].grad.any()
 
 
+def hooks(code: str, text_dir: str, base: str, tmp_path: Path) -> None:
+    shipped = Config.fromfile(ROOT / 'configs/gdino_lora_coco.py').custom_hooks
+    assert as_written(code)['custom_hooks'] == shipped
+    defaults = dict(re.findall(r'(max_\w+)=(\d+)', code))
+    for hook in (ResumableSeedHook, NonFiniteHook):
+        for name, default in inspect.signature(hook).parameters.items():
+            if name in defaults:
+                assert int(defaults.pop(name)) == default.default
+    assert not defaults
+
+
 #: A text that stands in one snippet of the README alone, and the way it is run here.
 SNIPPETS: dict[str, Callable[[str, str, str, Path], None]] = {
     "model = dict(type='LoRAGroundingDINO', lora=dict(": two_lines,
@@ -195,6 +209,7 @@ SNIPPETS: dict[str, Callable[[str, str, str, Path], None]] = {
     "criterion=dict(type='GroundingDINOCriterion', ce_weight": criterion_settings,
     '# weight=1.5, every=1': retained_names,
     'from mmdet_gdino_lora import build_criterion': without_mmdet,
+    "dict(type='PreemptHook')": hooks,
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 import traceback
@@ -21,30 +20,28 @@ for _message in ('pkg_resources is deprecated', 'torch.meshgrid: in an upcoming 
 def run(main: Callable[[], None]) -> None:
     """Runs a tool. A ``ConfigError`` ends it with one sentence and status 2, without a traceback.
 
+    So does what ends a run from outside, such as a loader's worker that is killed.
+
     Args:
         main: The tool.
     """
     try:
         main()
-    except ValueError as error:
-        # By name: importing the package may be what failed.
-        if type(error).__name__ != 'ConfigError':
+    except (ValueError, RuntimeError, OSError) as error:
+        sentence = _sentence(error)
+        if sentence is None:
             raise
-        _end(str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        _end(
-            f'{error.filename or "a file"}: there is no room left on the disk ({error.strerror}); '
-            'files that were complete before are kept; make room and type the command again, '
-            'tools/train.py with --resume'
-        )
+        sys.stdout.flush()
+        print(f'error: {sentence}', file=sys.stderr)
+        sys.exit(2)
 
 
-def _end(sentence: str) -> None:
-    sys.stdout.flush()
-    print(f'error: {sentence}', file=sys.stderr)
-    sys.exit(2)
+def _sentence(error: Exception) -> Optional[str]:
+    try:
+        from mmdet_gdino_lora.engine.endings import ending
+    except Exception:  # the package can't be imported, which may be what the error says
+        return str(error) if type(error).__name__ == 'ConfigError' else None
+    return ending(error)
 
 
 def add_cfg_options(arguments: argparse.ArgumentParser) -> None:

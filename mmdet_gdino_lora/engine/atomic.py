@@ -42,6 +42,17 @@ def atomic(path: str) -> Iterator[str]:
         os.close(handle)
 
 
+def remove_partial(folder: str) -> None:
+    """Removes what processes that were killed while they wrote have left behind.
+
+    Args:
+        folder: Of a run that no other process writes to now.
+    """
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        if name.startswith('.') and name.endswith('.partial'):
+            os.remove(os.path.join(folder, name))
+
+
 @register_backend('atomic')
 class AtomicBackend(LocalBackend):
     """mmengine's local files, written by :func:`atomic`.

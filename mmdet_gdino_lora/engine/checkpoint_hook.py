@@ -13,7 +13,14 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.model import is_model_wrapper
 
-from mmdet_gdino_lora.engine.atomic import atomic
+from mmdet_gdino_lora.engine.atomic import remove_partial
+from mmdet_gdino_lora.engine.files import (
+    PREEMPTED,
+    DiskFullError,
+    disk_is_full,
+    last_checkpoint,
+    name_last,
+)
 from mmdet_gdino_lora.errors import ConfigError
 
 
@@ -40,6 +47,7 @@ class AdapterCheckpointHook(CheckpointHook):
         super().__init__(*args, **kwargs)
         self.export = export
         self._weights: Optional[dict[str, Any]] = None
+        self._resumed: Optional[dict[str, Any]] = None
         self._exported = _Exported()
 
     backend_args: Optional[dict[str, Any]]
@@ -47,12 +55,29 @@ class AdapterCheckpointHook(CheckpointHook):
     def before_train(self, runner: Any) -> None:
         """Does as mmengine's, with files that are whole or not there.
 
+        What a run that was killed has left is mended: files written in part are removed, and the
+        adapter of the last checkpoint is written where it is missing.
+
         Args:
             runner: mmengine's runner.
         """
         if self.backend_args is None and '://' not in str(self.out_dir or runner.work_dir):
             self.backend_args = dict(backend='atomic')
         super().before_train(runner)
+        if is_main_process() and '://' not in str(self.out_dir):
+            self._mend(runner)
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Keeps the weights of the checkpoint that a run resumes from, until training begins.
+
+        Args:
+            runner: mmengine's runner.
+            checkpoint: As other hooks have left it; ``EMAHook`` has put the average aside.
+        """
+        if runner.cfg.get('resume'):
+            average = checkpoint.get('ema_state_dict', {}).items()
+            plain = {n.removeprefix('module.'): w for n, w in average if n.startswith('module.')}
+            self._resumed = {**checkpoint['state_dict'], **plain}
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Keeps the weights that are about to be written, for the adapter's folder.
@@ -89,24 +114,21 @@ class AdapterCheckpointHook(CheckpointHook):
             runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
         self.last_ckpt = self._path(step)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
-        runner.save_checkpoint(
-            self.out_dir,
-            self.filename_tmpl.format(step),
-            self.file_client_args,
-            save_optimizer=self.save_optimizer,
-            save_param_scheduler=self.save_param_scheduler,
-            meta=meta,
-            by_epoch=self.by_epoch,
-            backend_args=self.backend_args,
-            **self.args,
-        )
-        if not is_main_process():
-            return
-        with (
-            atomic(os.path.join(runner.work_dir, 'last_checkpoint')) as partial,
-            open(partial, 'w', encoding='utf-8') as file,
-        ):
-            file.write(self.last_ckpt)
+        with disk_is_full(self.last_ckpt, runner.work_dir):
+            runner.save_checkpoint(
+                self.out_dir,
+                self.filename_tmpl.format(step),
+                self.file_client_args,
+                save_optimizer=self.save_optimizer,
+                save_param_scheduler=self.save_param_scheduler,
+                meta=meta,
+                by_epoch=self.by_epoch,
+                backend_args=self.backend_args,
+                **self.args,
+            )
+            if not is_main_process():
+                return
+            name_last(runner.work_dir, self.last_ckpt)
         self._export(runner, self.last_ckpt, meta['iter'])
         for path in retired:
             self._retire(path)
@@ -117,7 +139,8 @@ class AdapterCheckpointHook(CheckpointHook):
         # mmengine removes the old file before it writes the new one, unless it knows of none.
         old = self._best()
         self._set_best(dict.fromkeys(old))
-        super()._save_best_checkpoint(runner, metrics)
+        with disk_is_full('the best checkpoint', runner.work_dir):
+            super()._save_best_checkpoint(runner, metrics)
         new = self._best()
         self._set_best({indicator: path or old.get(indicator) for indicator, path in new.items()})
         if not is_main_process():
@@ -148,6 +171,22 @@ class AdapterCheckpointHook(CheckpointHook):
             self.file_backend.remove(checkpoint)
         shutil.rmtree(_adapter_folder(checkpoint), ignore_errors=True)
 
+    def _mend(self, runner: Any) -> None:
+        resumed, self._resumed = self._resumed, None
+        if not os.path.isdir(self.out_dir):
+            return
+        folders = [entry.path for entry in os.scandir(self.out_dir) if entry.is_dir()]
+        for folder in {runner.work_dir, self.out_dir, *filter(_is_adapter_folder, folders)}:
+            remove_partial(folder)
+        last = last_checkpoint(runner.work_dir)
+        if not (runner.iter and resumed and os.path.isfile(last)):
+            return
+        weights = os.path.join(_adapter_folder(last), 'adapter_model.safetensors')
+        if os.path.basename(last) != PREEMPTED and not os.path.isfile(weights):
+            self._weights = resumed
+            self._export(runner, last, runner.iter)
+            self._weights = None
+
     def _export(self, runner: Any, checkpoint: str, iteration: int) -> None:
         """Writes the adapter beside a checkpoint that has just been written."""
         folder, model = _adapter_folder(checkpoint), _model(runner)
@@ -158,8 +197,11 @@ class AdapterCheckpointHook(CheckpointHook):
         if folder in self._exported.folders:
             return
         try:
-            if model.export_adapter(folder, classes=_classes(runner), weights=self._weights):
-                self._exported.folders.append(folder)
+            with disk_is_full(folder, runner.work_dir, folder):
+                if model.export_adapter(folder, classes=_classes(runner), weights=self._weights):
+                    self._exported.folders.append(folder)
+        except DiskFullError:
+            raise
         except ConfigError as error:  # the checkpoint is there; training goes on
             runner.logger.warning('No adapter in PEFT format is written: %s', error)
             self.export = False
@@ -183,3 +225,7 @@ def _classes(runner: Any) -> Sequence[str]:
 
 def _adapter_folder(checkpoint: str) -> str:
     return os.path.splitext(checkpoint)[0] + '_adapter'
+
+
+def _is_adapter_folder(path: str) -> bool:
+    return path.endswith('_adapter')

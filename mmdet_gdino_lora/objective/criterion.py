@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from mmdet.registry import MODELS
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from mmdet_gdino_lora.errors import NonFiniteError
 from mmdet_gdino_lora.objective.boxes import l1_and_giou
 from mmdet_gdino_lora.objective.costs import BoxGIoUCost, BoxL1Cost, TokenFocalCost
 from mmdet_gdino_lora.objective.focal import (
@@ -71,6 +72,9 @@ class GroundingDINOCriterion(nn.Module):
     Attributes:
         weight_dict: Weight of every component that :meth:`forward` can return.
         matcher: The :class:`HungarianMatcher`.
+        on_nonfinite: Called with the error where predictions or costs of a training step are NaN or
+            infinite, in place of raising it: every component is NaN then, and so is every gradient,
+            on all ranks, none of which is left waiting. None: the error is raised.
     """
 
     def __init__(
@@ -113,6 +117,7 @@ class GroundingDINOCriterion(nn.Module):
             for name in COMPONENTS
         }
         self._warned = False
+        self.on_nonfinite: Callable[[NonFiniteError], None] | None = None
         print_log(
             f'GroundingDINOCriterion: Hungarian matching with {self.matcher}; '
             f'{num_classes} classes; {num_decoder_layers} decoder layers; auxiliary losses of '
@@ -163,8 +168,15 @@ class GroundingDINOCriterion(nn.Module):
             batch = Targets.of(outputs, targets)
             groups = self._groups(outputs, batch)
             grads = [self._background(group) for group in groups]  # doesn't wait for the matching
-            matches, num_boxes = match(groups, batch, self.matcher)
-            sums = self._losses(groups, matches, grads, batch)
+            try:
+                matches, num_boxes = match(groups, batch, self.matcher)
+            except NonFiniteError as error:
+                if self.on_nonfinite is None or not torch.is_grad_enabled():
+                    raise
+                self.on_nonfinite(error)
+                sums, num_boxes = nothing_but_nan(groups), len(batch.boxes)
+            else:
+                sums = self._losses(groups, matches, grads, batch)
             return _named(groups, sums / divisors(num_boxes, groups, sums.device))
 
     def _groups(self, outputs: Mapping[str, Any], targets: Targets) -> list[Group]:
@@ -303,6 +315,19 @@ def layer_sums(values: Tensor, counts: Sequence[int]) -> Tensor:
     if len(set(counts)) == 1:  # as long as there are no more boxes than queries
         return values.view(len(counts), -1).sum(1)
     return torch.stack([part.sum() for part in values.split(list(counts))])
+
+
+def nothing_but_nan(groups: Sequence[Group]) -> Tensor:
+    """Sums [3, S] that are NaN, as are the gradients of everything that the predictions depend on.
+
+    Args:
+        groups: The predictions; S layers in all.
+    """
+    total = torch.stack(
+        [group.logits.float().sum() + group.boxes.float().sum() for group in groups]
+    )
+    count = sum(len(group.suffixes) for group in groups)
+    return (total.sum() * torch.nan).expand(len(COMPONENTS), count)
 
 
 def divisors(num_boxes: int, groups: Sequence[Group], device: torch.device) -> Tensor:

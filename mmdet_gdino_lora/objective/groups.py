@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.errors import NonFiniteError
 from mmdet_gdino_lora.objective.focal import background_focal
 from mmdet_gdino_lora.objective.targets import Targets
 
@@ -68,10 +68,13 @@ class Group:
         bad = np.argwhere(~np.isfinite(values))
         if len(bad):
             kind, layer, image = bad[0]
-            raise ConfigError(
-                f'{("pred_logits", "pred_boxes")[kind]} of {self.names[layer]}, image '
+            what = ('pred_logits', 'pred_boxes')[kind]
+            raise NonFiniteError(
+                f'{what} of {self.names[layer]}, image '
                 f'{image} of the batch, hold NaN or infinite values: the training has diverged; '
-                'lower the learning rate, clip gradients, or use bfloat16 instead of float16'
+                'lower the learning rate, clip gradients, or use bfloat16 instead of float16',
+                where=f'{what} of {self.names[layer]}',
+                images=tuple(np.flatnonzero(~np.isfinite(values[kind, layer])).tolist()),
             )
 
 

@@ -18,6 +18,7 @@ from mmengine.structures import InstanceData
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from mmdet_gdino_lora.errors import NonFiniteError
 from mmdet_gdino_lora.objective.boxes import cxcywh_to_xyxy
 from mmdet_gdino_lora.objective.costs import BatchedCost, BoxGIoUCost, BoxL1Cost, TokenFocalCost
 from mmdet_gdino_lora.objective.groups import Group, decoder_group
@@ -127,9 +128,11 @@ class HungarianMatcher:
             bad = [i for i, problem in enumerate(problems) if not np.isfinite(problem).all()]
             if not bad:
                 raise
-            raise ValueError(
+            raise NonFiniteError(
                 f'image {bad[0] % len(kept)} of the batch has matching costs that are NaN or '
-                'infinite: look at its predictions, its target boxes and your own match_costs'
+                'infinite: look at its predictions, its target boxes and your own match_costs',
+                where=f'matching costs of layer {bad[0] // len(kept)}',
+                images=tuple(sorted({number % len(kept) for number in bad})),
             ) from None
         queries, targets = [], []
         for (row, query), rows in zip(solved, [*kept] * len(costs)):
