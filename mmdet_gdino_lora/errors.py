@@ -26,7 +26,7 @@ def _sentence(message: str) -> str:
     return message.rpartition(f'\n{begin}')[2].strip()
 
 
-class NonFiniteError(ValueError):
+class NonFiniteError(ConfigError):
     """Numbers of a training step that are NaN or infinite.
 
     Attributes:

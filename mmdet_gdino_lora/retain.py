@@ -115,7 +115,7 @@ class Retention:
     def __init__(
         self,
         tokenizer: CaptionTokenizer,
-        names: Optional[Sequence[str]] = None,
+        names: Sequence[str] = (),
         weight: float = 1.5,
         every: int = 1,
     ) -> None:

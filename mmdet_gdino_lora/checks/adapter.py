@@ -108,10 +108,10 @@ def check_retain(retain: Any) -> Iterator[Finding]:
             fatal=True,
         )
         return
-    names, weight, every = retain.get('names'), retain.get('weight', 1.0), retain.get('every', 1)
-    if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
+    wanted, weight, every = retain.get('names'), retain.get('weight', 1.0), retain.get('every', 1)
+    if isinstance(wanted, str) or not wanted or not all(isinstance(name, str) for name in wanted):
         yield Finding(
-            f'model.retain.names={names!r}: give a list of the class names that must survive',
+            f'model.retain.names={wanted!r}: give a list of the class names that must survive',
             fatal=True,
         )
         return
@@ -119,7 +119,7 @@ def check_retain(retain: Any) -> Iterator[Finding]:
         yield Finding(f'model.retain.weight={weight!r} is not a number above 0', fatal=True)
     if not _is_whole(every):
         yield Finding(f'model.retain.every={every!r} is not a whole number from 1 on', fatal=True)
-    counts = Counter(clean_name(name).strip().lower() for name in names)
+    counts = Counter(clean_name(name).strip().lower() for name in wanted)
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
         yield Finding(

@@ -30,7 +30,7 @@ def check_model(model: Mapping[str, Any]) -> Iterator[Finding]:
     Yields:
         What was found.
     """
-    places = {'model': model}
+    places: dict[str, Any] = {'model': model}
     places.update({f'model.{part}': model.get(part) for part in PARTS})
     for key, node in places.items():
         if not isinstance(node, Mapping) or not isinstance(node.get('type'), str):

@@ -26,6 +26,8 @@ from mmdet_gdino_lora.checks.words import share
 _THREADS = 8
 #: Pixels by which the file and the image may differ in width or height.
 _SLACK = 2
+#: Path, the size that is listed, and the size when loaded.
+_Size = tuple[str, tuple[int, int], tuple[int, int]]
 _ORIENTATION = 0x0112
 #: EXIF orientations that turn width into height.
 _TURNED = (5, 6, 7, 8)
@@ -205,7 +207,9 @@ def _sizes(
     where: str, images: Sequence[Mapping[str, Any]], seen: Sequence[Seen]
 ) -> Iterator[Finding]:
     """Images that are loaded in another size than the file says, by kind."""
-    turned, swapped, other = [], [], []
+    turned: list[_Size] = []
+    swapped: list[_Size] = []
+    other: list[_Size] = []
     for image, got in zip(images, seen):
         if got.size is None:
             continue

@@ -53,7 +53,7 @@ class PreemptHook(Hook):
         self._asked = False
         self._agreement = Agreement()
         for loop in (runner.train_loop, runner.val_loop):
-            if loop is not None and getattr(loop.dataloader, 'num_workers', 0):
+            if loop is not None and getattr(loop.dataloader, 'num_workers', None):
                 loop.dataloader.worker_init_fn = OwnParentOnly(loop.dataloader.worker_init_fn)
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._remember)

@@ -150,7 +150,9 @@ def _sample(described: Mapping[str, Any]) -> DetDataSample:
 
 
 def _caption(fields: Mapping[str, Any]) -> TokenizedCaption:
-    arrays = {name: v.numpy() if isinstance(v, Tensor) else v for name, v in fields.items()}
+    arrays: dict[str, Any] = {
+        name: v.numpy() if isinstance(v, Tensor) else v for name, v in fields.items()
+    }
     spans = arrays['tokens_positive']
     if isinstance(spans, list):
         arrays['tokens_positive'] = CharSpans(spans)

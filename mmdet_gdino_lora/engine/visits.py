@@ -10,7 +10,7 @@ resuming. What a resumed run has seen is counted off in the sampler, and no imag
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -196,7 +196,8 @@ def visited_loader(
 
 
 def _fresh_batches(loader: DataLoader, settings: Mapping[str, Any], seed: Optional[int]) -> Any:
-    sampler: Sequence | Any = loader.batch_sampler.sampler
+    given: Any = loader.batch_sampler
+    sampler = given.sampler
     described = settings.get('sampler')
     if isinstance(described, Mapping):
         defaults = dict(dataset=loader.dataset, seed=seed)
@@ -205,6 +206,6 @@ def _fresh_batches(loader: DataLoader, settings: Mapping[str, Any], seed: Option
     if isinstance(described, Mapping):
         defaults = dict(sampler=sampler, batch_size=settings['batch_size'])
         return DATA_SAMPLERS.build(dict(described), default_args=defaults)
-    if sampler is loader.batch_sampler.sampler:
-        return loader.batch_sampler
-    return BatchSampler(sampler, loader.batch_size, loader.drop_last)
+    if sampler is given.sampler:
+        return given
+    return BatchSampler(sampler, given.batch_size, given.drop_last)

@@ -123,7 +123,7 @@ def test_a_full_disk_is_told_without_a_traceback(
         common.run(write)
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count('\n') == 1
-    assert 'there is no room left on the disk' in error and '--resume' in error
+    assert 'the disk that the run writes to is full' in error and '--resume' in error
 
 
 def test_a_learning_rate_that_diverges_ends_in_one_sentence(

@@ -89,7 +89,7 @@ def _width(module: nn.Module) -> int:
         return module.in_channels // module.groups * kernel + module.out_channels
     if isinstance(module, nn.Embedding):
         return module.num_embeddings + module.embedding_dim
-    return module.in_features + module.out_features
+    return int(module.in_features) + int(module.out_features)  # type: ignore[arg-type]
 
 
 def _gib(size: int) -> str:

@@ -163,7 +163,7 @@ def folder_as_checkpoint(detector: nn.Module, folder: str) -> dict[str, Any]:
     own = {base_name(name): n for name, n in own.items()}
     state_dict = OrderedDict((own.get(base_name(n), n), w) for n, w in weights.items())
     # Where torch keeps what belongs to a module's state and is no tensor.
-    state_dict._metadata = {'': {RECORD: note}} if note else {}
+    vars(state_dict)['_metadata'] = {'': {RECORD: note}} if note else {}
     return dict(meta={}, state_dict=state_dict)
 
 
