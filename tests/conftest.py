@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
@@ -13,7 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 from mmdet.utils import register_all_modules
-from mmengine.logging import MessageHub
+from mmengine.logging import MessageHub, MMLogger
 from transformers.models.grounding_dino import modeling_grounding_dino
 from transformers.models.mm_grounding_dino import modeling_mm_grounding_dino
 
@@ -22,6 +23,7 @@ from tests.builders import THREADS, build, tiny_text_model, write_base
 from tests.faults.smallest import model as smallest_model
 from tests.tool_run import Things
 
+_TESTS = itertools.count()
 # The same examples in every run, however slow the machine.
 settings.register_profile('suite', derandomize=True, deadline=None)
 settings.load_profile('suite')
@@ -78,6 +80,7 @@ def _seed_of_the_test() -> None:
 @pytest.fixture(autouse=True)
 def _no_run() -> Iterator[None]:
     """What mmengine's hooks leave behind in a run is gone when the test is."""
+    MMLogger.get_instance(f'test_{next(_TESTS)}')  # the last test's may write to a closed stdout
     hub = MessageHub.get_current_instance()
     yield
     for key in ('cfg', 'iter'):
