@@ -173,6 +173,23 @@ def test_a_workers_mistake_and_its_death_are_one_sentence_each() -> None:
     assert ending(RuntimeError('Connection closed by peer')) is None  # no ranks here
 
 
+def rank_that_loses_the_other(work_dir: str, gone: int) -> None:
+    """One rank ends without a word; the other leaves what it says of that."""
+    if torch.distributed.get_rank() == gone:
+        os._exit(0)
+    try:
+        torch.distributed.all_reduce(torch.ones(1))
+    except RuntimeError as error:
+        Path(work_dir, 'said').write_text(str(ending(error)))
+
+
+@pytest.mark.parametrize('gone', [0, 1])
+def test_who_is_left_names_the_rank_that_is_gone(tmp_path: Path, gone: int) -> None:
+    as_ranks(rank_that_loses_the_other, str(tmp_path), gone)
+    said = (tmp_path / 'said').read_text()
+    assert f'rank {1 - gone} of 2 lost rank {gone},' in said and '--resume' in said
+
+
 def in_ranks(work_dir: str, text_dir: str, base: str, hooks: list[dict]) -> None:
     """One rank's run; it leaves how it ended, after how many iterations, and its weights."""
     rank = torch.distributed.get_rank()

@@ -8,6 +8,7 @@ from typing import Optional
 
 from torch import distributed
 
+from mmdet_gdino_lora.engine.lost_ranks import lost_ranks
 from mmdet_gdino_lora.errors import ConfigError
 
 RESUME = 'what was saved is whole: the same command with --resume goes on from the last checkpoint'
@@ -63,10 +64,10 @@ def _sentence(error: BaseException) -> Optional[str]:
         return str(told)
     if distributed.is_initialized() and _GONE.search(str(error)):
         rank, count = distributed.get_rank(), distributed.get_world_size()
+        lost = ' and '.join(f'rank {other}' for other in lost_ranks()) or 'touch with another rank'
         told = ConfigError(
-            f'rank {rank} of {count} lost another rank, which ended or hangs (the launcher names '
-            f'it, and its own last words are above: {" ".join(str(error).split())[:160]}); '
-            f'{RESUME}'
+            f'rank {rank} of {count} lost {lost}, which ended or hangs (its own last words '
+            f'are above: {" ".join(str(error).split())[:160]}); {RESUME}'
         )
         return str(told)
     return None

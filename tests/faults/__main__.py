@@ -72,7 +72,7 @@ FAULTS = [
     _fault('disk_fills_up', 2, 'the disk that the run writes to is full'),
     _fault('disk_leaves_little', 2, 'could not be written (No space left on device)'),
     _fault('worker_killed', 2, 'a worker of a data loader', settings=dict(loader=WORKERS)),
-    _fault('rank_dies', 2, 'rank 0 of 2 lost another rank', ranks=2, resumes=False),
+    _fault('rank_dies', 2, 'rank 0 of 2 lost rank 1', ranks=2, resumes=False),
     _fault('images_go_bad', 0, 'can no longer be read; another image', resumes=False),
     *(
         Fault(f'NaN in {where}', dict(type='NaNHook', where=where, at=[5]), 2, 'NaN or infinite')
