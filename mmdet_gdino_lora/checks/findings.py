@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable
 from typing import Optional
 
 from mmengine.logging import MMLogger
 
+from mmdet_gdino_lora.checks.ranks import rank
 from mmdet_gdino_lora.errors import ConfigError
 
 
@@ -40,14 +40,8 @@ def tell(findings: Iterable[Finding], logger: Optional[MMLogger] = None) -> None
     """
     found = list(dict.fromkeys(findings))
     for finding in found:
-        if not finding.fatal and _rank() == 0:
+        if not finding.fatal and rank() == 0:
             (logger or MMLogger.get_current_instance()).warning(finding.sentence)
     for finding in found:
         if finding.fatal:
             raise ConfigError(finding.sentence)
-
-
-def _rank() -> int:
-    """Rank of this process, whose group may not have been set up yet."""
-    names = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
-    return next((int(os.environ[name]) for name in names if name in os.environ), 0)

@@ -11,7 +11,6 @@ from typing import Any, Optional
 from mmdet.registry import HOOKS
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
-from mmengine.model import is_model_wrapper
 
 from mmdet_gdino_lora.engine.atomic import remove_partial
 from mmdet_gdino_lora.engine.files import (
@@ -21,6 +20,7 @@ from mmdet_gdino_lora.engine.files import (
     last_checkpoint,
     name_last,
 )
+from mmdet_gdino_lora.engine.wrapped import detector_of
 from mmdet_gdino_lora.errors import ConfigError
 
 
@@ -99,7 +99,7 @@ class AdapterCheckpointHook(CheckpointHook):
         self._weights = None
         if metrics and self._exported.iteration == runner.iter:
             for folder in self._exported.folders:
-                _model(runner).describe_adapter(folder, _classes(runner), metrics)
+                detector_of(runner).describe_adapter(folder, _classes(runner), metrics)
 
     def _save_checkpoint(self, runner: Any) -> None:
         super()._save_checkpoint(runner)
@@ -189,7 +189,7 @@ class AdapterCheckpointHook(CheckpointHook):
 
     def _export(self, runner: Any, checkpoint: str, iteration: int) -> None:
         """Writes the adapter beside a checkpoint that has just been written."""
-        folder, model = _adapter_folder(checkpoint), _model(runner)
+        folder, model = _adapter_folder(checkpoint), detector_of(runner)
         if not self.export or '://' in folder or not hasattr(model, 'export_adapter'):
             return
         if self._exported.iteration != iteration:
@@ -213,10 +213,6 @@ class _Exported:
 
     iteration: int = -1
     folders: list[str] = dataclasses.field(default_factory=list)
-
-
-def _model(runner: Any) -> Any:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def _classes(runner: Any) -> Sequence[str]:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from mmdet.registry import HOOKS
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+
+from mmdet_gdino_lora.engine.wrapped import detector_of
 
 
 @HOOKS.register_module()
@@ -34,5 +35,5 @@ class CompileHook(Hook):
         Args:
             runner: mmengine's runner.
         """
-        detector = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        detector = detector_of(runner)
         detector.extract_feat = torch.compile(detector.extract_feat, **self.options)

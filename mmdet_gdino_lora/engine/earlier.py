@@ -7,10 +7,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from mmengine.dist import get_rank, is_distributed
 from mmengine.logging import MMLogger
 
 from mmdet_gdino_lora.checks.folder import LATEST, checkpoint_folder, earlier_checkpoints
+from mmdet_gdino_lora.checks.ranks import rank
 
 
 def set_aside(cfg: Mapping[str, Any]) -> str:
@@ -23,7 +23,7 @@ def set_aside(cfg: Mapping[str, Any]) -> str:
         The folder that they lie in now; empty where there was nothing to move.
     """
     names = earlier_checkpoints(cfg)
-    if not names or _rank() != 0:
+    if not names or rank() != 0:
         return ''
     folder = checkpoint_folder(cfg)
     numbered = (os.path.join(folder, f'earlier_{number}') for number in itertools.count(1))
@@ -39,11 +39,3 @@ def set_aside(cfg: Mapping[str, Any]) -> str:
         'to go on with a run instead of beginning anew, type --resume'
     )
     return aside
-
-
-def _rank() -> int:
-    """This process's, also before mmengine has started a process group."""
-    if is_distributed():
-        return get_rank()
-    names = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
-    return int(next((os.environ[name] for name in names if name in os.environ), 0))

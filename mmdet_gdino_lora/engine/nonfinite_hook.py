@@ -11,10 +11,10 @@ import torch
 from mmdet.registry import HOOKS
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import EMAHook, Hook
-from mmengine.model import is_model_wrapper
 
 from mmdet_gdino_lora.engine.agreement import Agreement
 from mmdet_gdino_lora.engine.replay import Replay, paths_of
+from mmdet_gdino_lora.engine.wrapped import detector_of
 from mmdet_gdino_lora.errors import ConfigError, NonFiniteError
 
 MOST_FILES = 5
@@ -74,7 +74,7 @@ class NonFiniteHook(Hook):
                 'optim_wrapper.clip_grad has none; set it to dict(max_norm=0.1, norm_type=2)'
             )
         self._runner, self._agreement = runner, Agreement()
-        for module in _model(runner).modules():
+        for module in detector_of(runner).modules():
             if hasattr(module, 'on_nonfinite'):
                 module.on_nonfinite = self._errors.append
         runner.optim_wrapper.optimizer.register_step_pre_hook(self._before_step)
@@ -132,7 +132,7 @@ class NonFiniteHook(Hook):
         """
         if self._agreement is not None:
             self._agreement.settle()
-        for module in _model(runner).modules():
+        for module in detector_of(runner).modules():
             if hasattr(module, 'on_nonfinite'):
                 module.on_nonfinite = None
 
@@ -184,7 +184,7 @@ class NonFiniteHook(Hook):
         name = f'nonfinite_iter_{runner.iter + 1}' + (f'_rank_{rank}' if rank else '') + '.pth'
         path = os.path.join(runner.work_dir, name)
         moment = dict(seed=runner.seed, rank=rank, iteration=runner.iter)
-        Replay(dict(self._batch), _model(runner).state_dict(), moment, told).write(path)
+        Replay(dict(self._batch), detector_of(runner).state_dict(), moment, told).write(path)
         self._files += 1
         config = os.path.join(runner.work_dir, os.path.basename(runner.cfg.filename or ''))
         config = config if os.path.isfile(config) else 'CONFIG'
@@ -219,10 +219,6 @@ class _Average:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._average, name)
-
-
-def _model(runner: Any) -> Any:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def _clips_by_norm(wrapper: Any) -> bool:

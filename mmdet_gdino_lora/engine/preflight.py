@@ -23,6 +23,7 @@ from mmdet_gdino_lora.checks.findings import Finding, tell
 from mmdet_gdino_lora.checks.folder import check_folder, check_latest, check_overwriting
 from mmdet_gdino_lora.checks.resumed import check_resumed
 from mmdet_gdino_lora.checks.run import check_run
+from mmdet_gdino_lora.checks.words import some
 from mmdet_gdino_lora.engine.earlier import set_aside
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.text.caption import clean_name
@@ -86,7 +87,7 @@ def _check_retain(cfg: Mapping[str, Any], key: str, classes: Sequence[str]) -> N
     both = [name for name in classes if _as_prompted(name) in retained]
     if both:
         raise ConfigError(
-            f'model.retain.names holds {_some(both)}, of the classes of {key}: the base would hold '
+            f'model.retain.names holds {some(both)}, of the classes of {key}: the base would hold '
             'back what the data teaches; leave out of model.retain.names what is in the data'
         )
 
@@ -262,8 +263,3 @@ def _is_remote(path: str) -> bool:
 
 def _seen_from(path: str) -> str:
     return '' if os.path.isabs(path) else f', seen from {os.getcwd()}'
-
-
-def _some(names: Sequence[str], count: int = 5) -> str:
-    shown = ', '.join(repr(name) for name in names[:count])
-    return shown + (f' and {len(names) - count} more' if len(names) > count else '')
