@@ -175,9 +175,10 @@ def test_a_workers_mistake_and_its_death_are_one_sentence_each() -> None:
 
 def rank_that_loses_the_other(work_dir: str, gone: int) -> None:
     """One rank ends without a word; the other leaves what it says of that."""
-    if torch.distributed.get_rank() == gone:
-        os._exit(0)
     try:
+        torch.distributed.barrier()  # who goes before the other has connected is lost at the start
+        if torch.distributed.get_rank() == gone:
+            os._exit(0)
         torch.distributed.all_reduce(torch.ones(1))
     except RuntimeError as error:
         Path(work_dir, 'said').write_text(str(ending(error)))
