@@ -14,7 +14,11 @@ setup(
     license='Apache-2.0',
     # mmcv 2.1.0's setup.py cannot read its own version on Python 3.13.
     python_requires='>=3.10,<3.13',
+    py_modules=['gdino_lora'],
     packages=find_packages(include=['mmdet_gdino_lora', 'mmdet_gdino_lora.*']),
+    # .mim is where mmengine looks for a package's configs; here it links to configs/ and assets/.
+    package_data={'mmdet_gdino_lora': ['.mim/configs/*.py', '.mim/assets/shapes/**/*']},
+    entry_points={'console_scripts': ['gdino-lora = gdino_lora:main']},
     install_requires=[
         'transformers>=4.45,<6',
         'peft>=0.16,<1',

@@ -3,40 +3,19 @@
 Importing the package registers everything a config can name::
 
     custom_imports = dict(imports=['mmdet_gdino_lora'])
+
+Only where a command line is being read this waits until that is understood: its help and its
+mistakes need neither torch nor mmdet.
 """
 
-from mmdet_gdino_lora.environment import check_environment
+from __future__ import annotations
 
-check_environment()
+from typing import TYPE_CHECKING
 
-from mmdet_gdino_lora.datasets import TokenSpans  # noqa: E402
-from mmdet_gdino_lora.detector import LoRAGroundingDINO  # noqa: E402
-from mmdet_gdino_lora.engine.checkpoint_hook import AdapterCheckpointHook  # noqa: E402
-from mmdet_gdino_lora.engine.compile_hook import CompileHook  # noqa: E402
-from mmdet_gdino_lora.engine.nonfinite_hook import NonFiniteHook  # noqa: E402
-from mmdet_gdino_lora.engine.preempt_hook import PreemptHook  # noqa: E402
-from mmdet_gdino_lora.engine.seed_hook import ResumableSeedHook  # noqa: E402
-from mmdet_gdino_lora.files.loaders import register_loaders  # noqa: E402
-from mmdet_gdino_lora.head import GroundingDINOCriterionHead  # noqa: E402
-from mmdet_gdino_lora.objective import BoxGIoUCost, BoxL1Cost, TokenFocalCost  # noqa: E402
-from mmdet_gdino_lora.objective.criterion import GroundingDINOCriterion, build_criterion  # noqa: E402
-from mmdet_gdino_lora.text import GroundingTextEncoder  # noqa: E402
+from mmdet_gdino_lora.start import a_command_starts, load
 
-register_loaders()
+if TYPE_CHECKING:
+    from mmdet_gdino_lora.public import *  # noqa: F403
 
-__all__ = [
-    'AdapterCheckpointHook',
-    'BoxGIoUCost',
-    'BoxL1Cost',
-    'CompileHook',
-    'GroundingDINOCriterion',
-    'GroundingDINOCriterionHead',
-    'GroundingTextEncoder',
-    'LoRAGroundingDINO',
-    'NonFiniteHook',
-    'PreemptHook',
-    'ResumableSeedHook',
-    'TokenFocalCost',
-    'TokenSpans',
-    'build_criterion',
-]
+if not a_command_starts():
+    load()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from mmengine.config import Config
 
+import gdino_lora
 from mmdet_gdino_lora.checks.coco_file import read_coco
 from mmdet_gdino_lora.datasets.shapes import NEW_CLASSES, Split, write_shapes
 from mmdet_gdino_lora.engine.preflight import PreflightHook, check_config
@@ -167,15 +169,13 @@ def test_the_hook_checks_what_will_run(cfg):
 @pytest.fixture
 def tool(monkeypatch, capsys, tmp_path):
     """Runs a tool in this process; returns its exit status and what it wrote to stderr."""
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
     monkeypatch.chdir(tmp_path)
-    import common
 
     def run(name: str, *args: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, 'argv', [name, *args])
-        module = __import__(name)
+        module = importlib.import_module(f'mmdet_gdino_lora.commands.{name}')
         try:
-            common.run(module.main)
+            gdino_lora.run(module.main)
         except SystemExit as end:
             return end.code, capsys.readouterr().err
         return 0, capsys.readouterr().err

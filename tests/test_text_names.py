@@ -94,8 +94,7 @@ def _image_demos_names(text, monkeypatch, tmp_path):
     import cv2
     import numpy as np
 
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    import image_demo
+    from mmdet_gdino_lora.commands import image_demo
 
     class Asked(Exception):
         pass

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from pathlib import Path
 
-from common import run
-from merge_adapter import add_cfg_options
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from gdino_lora import run
+from mmdet_gdino_lora.commands.common import add_cfg_options, read_config
 
 HEAD = """\
 # What the presets adapt
@@ -31,8 +34,6 @@ def main() -> None:
     arguments.add_argument('--rank', type=int, default=16)
     add_cfg_options(arguments)
     args = arguments.parse_args()
-
-    from common import read_config
 
     page = preset_table(read_config(args.config, args.cfg_options), args.config, args.rank)
     Path(args.out).write_text(page, encoding='utf-8')

@@ -1,38 +1,13 @@
-"""Writes the weights of a checkpoint in half precision as safetensors: a base to hand on.
-
-shrink_checkpoint.py CHECKPOINT OUT.safetensors
-"""
+"""Writes the weights of a checkpoint in half precision: `gdino-lora shrink` of this checkout."""
 
 from __future__ import annotations
 
-import argparse
 import os
+import sys
 
-from common import add_overwrite, refuse_overwriting, run
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-
-def main() -> None:
-    """Command line."""
-    arguments = argparse.ArgumentParser(description="A checkpoint's weights in half precision")
-    arguments.add_argument('checkpoint', help="mmengine's checkpoint of a whole model")
-    arguments.add_argument('out', help='.safetensors file to write')
-    add_overwrite(arguments)
-    args = arguments.parse_args()
-
-    from mmdet_gdino_lora.errors import ConfigError
-    from mmdet_gdino_lora.lora.store.base import read_weights
-    from mmdet_gdino_lora.lora.store.folder import write_weights
-
-    if not args.out.endswith('.safetensors'):
-        raise ConfigError(f'out {args.out!r}: name it .safetensors')
-    if not os.path.isfile(args.checkpoint):
-        raise ConfigError(f'checkpoint {args.checkpoint!r}: no such file')
-    refuse_overwriting('out', [args.out], args.overwrite)
-    weights = read_weights(args.checkpoint)
-    halves = {k: w.half() if w.is_floating_point() else w for k, w in weights.items()}
-    write_weights(args.out, halves)
-    print(f'{args.out}: {len(halves)} tensors, {os.path.getsize(args.out) / 1e6:.2f} MB')
-
+from gdino_lora import run_command
 
 if __name__ == '__main__':
-    run(main)
+    run_command('shrink')

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
 import torch
@@ -11,10 +10,10 @@ from mmdet.utils import register_all_modules
 from mmengine.runner import Runner
 
 import tests.faults.injected  # noqa: F401
+from gdino_lora import run
 from mmdet_gdino_lora.files.read import read_file
 from tests.builders import THREADS
 from tests.faults.smallest import smallest
-from tests.tool_run import TOOLS
 
 EPOCHS = 5
 WORKERS = dict(num_workers=2, persistent_workers=True)
@@ -72,9 +71,6 @@ def as_a_tool(log: str, rank: dict[str, str], *arguments: Any, **keywords: Any) 
     with open(log, 'a', encoding='utf-8') as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    sys.path.insert(0, str(TOOLS))
-    from common import run
-
     os.environ.update(rank)
     register_all_modules(init_default_scope=True)
     torch.set_num_threads(THREADS)

@@ -11,10 +11,12 @@ import torch
 from mmengine.fileio import load
 from safetensors.torch import load_file
 
+import gdino_lora
+from mmdet_gdino_lora.commands.common import config_file
 from mmdet_gdino_lora.lora.store.base import read_weights
 from tests.mistakes.typed import Mistake, files, make, warnings_of_the_log
 from tests.run_small import config
-from tests.tool_run import TOOLS, Things, run_tool
+from tests.tool_run import Things, run_tool
 
 TRAIN = 'python tools/train.py CONFIG'
 MERGE = 'python tools/merge_adapter.py my_things.py'
@@ -96,31 +98,23 @@ def test_a_syntax_error_in_a_base_of_the_config_names_the_base(
     assert status == 2 and "/below.py', line 2: '(' was never closed" in error
 
 
-def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import common
-
+def test_a_defect_keeps_its_traceback(tmp_path: Path) -> None:
     for defect in (ValueError('a'), OSError(5, 'b'), KeyError('c')):
         with pytest.raises(type(defect)):
-            common.run(lambda defect=defect: (_ for _ in ()).throw(defect))
+            gdino_lora.run(lambda defect=defect: (_ for _ in ()).throw(defect))
     path = tmp_path / 'config.py'
     path.write_text('value = __import__("json").loads("{")\n')
     with pytest.raises(ValueError, match='Expecting'):  # raised in json, not in the config
-        common.config_file(str(path))
+        config_file(str(path))
 
 
-def test_a_full_disk_is_told_without_a_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import common
-
+def test_a_full_disk_is_told_without_a_traceback(capsys: pytest.CaptureFixture) -> None:
     def write() -> None:
         with open('/dev/full', 'wb', buffering=0) as file:
             file.write(b'weights')
 
     with pytest.raises(SystemExit) as end:
-        common.run(write)
+        gdino_lora.run(write)
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count('\n') == 1
     assert 'the disk that the run writes to is full' in error and '--resume' in error

@@ -22,9 +22,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / 'tools'))
+sys.path.insert(0, str(ROOT))
 
-from common import build_runner, read_config, run  # noqa: E402
+from gdino_lora import run  # noqa: E402
+from mmdet_gdino_lora.commands.common import build_runner, read_config  # noqa: E402
 
 CONFIG = str(ROOT / 'configs' / 'gdino_lora_shapes.py')
 
@@ -161,7 +162,7 @@ def plain_weights(detector) -> dict:
 
 def measure(detector, validation: dict, root: str, split: str, classes: tuple) -> dict:
     """AP and AP50 on a split."""
-    from demo import evaluate, load_set
+    from mmdet_gdino_lora.commands.demo import evaluate, load_set
 
     found = evaluate(detector, *load_set(validation, root, split, classes))
     return dict(ap=found['coco/bbox_mAP'], ap50=found['coco/bbox_mAP_50'])

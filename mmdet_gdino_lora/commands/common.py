@@ -1,80 +1,71 @@
-"""What the tools share: mmdet's arguments, reading the config, and errors told in one sentence."""
+"""What the commands share: mmdet's arguments, reading the config, building the runner."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
 import traceback
-import warnings
 from collections.abc import Sequence
-from typing import Any, Callable, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
-# The checkout that a tool lies in is the one it runs.
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-# What mmengine and mmdet make Python and torch say in every run.
-for _message in ('pkg_resources is deprecated', 'torch.meshgrid: in an upcoming release'):
-    warnings.filterwarnings('ignore', message=_message)
+from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.start import load
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+    from mmengine.runner import Runner
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a tool. A ``ConfigError`` ends it with one sentence and status 2, without a traceback.
-
-    So does what ends a run from outside, such as a loader's worker that is killed.
+def read_arguments(
+    arguments: argparse.ArgumentParser, argv: Optional[Sequence[str]]
+) -> argparse.Namespace:
+    """Reads a command line, and then imports what the command needs: help doesn't wait for that.
 
     Args:
-        main: The tool.
+        arguments: Of the command.
+        argv: Arguments; None: the process's own.
+
+    Returns:
+        What was given.
+
+    Raises:
+        ConfigError: A setting is none, or the environment lacks something.
     """
-    try:
-        main()
-    except (ValueError, RuntimeError, OSError) as error:
-        sentence = _sentence(error)
-        if sentence is None:
-            raise
-        sys.stdout.flush()
-        print(f'error: {sentence}', file=sys.stderr)
-        sys.exit(2)
+    args = arguments.parse_args(argv)
+    load()
+    return args
 
 
-def _sentence(error: Exception) -> Optional[str]:
-    try:
-        from mmdet_gdino_lora.engine.endings import ending
-    except Exception:  # the package can't be imported, which may be what the error says
-        return str(error) if type(error).__name__ == 'ConfigError' else None
-    return ending(error)
+class _Settings(argparse.Action):
+    """mmengine's ``DictAction``, which tells what is no setting."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        for setting in values:
+            if not setting.partition('=')[0] or '=' not in setting:
+                raise ConfigError(
+                    f'--cfg-options {setting!r}: a setting is written KEY=VALUE, without '
+                    'spaces; write model.lora.r=8, say'
+                )
+            if any(setting.count(a) != setting.count(b) for a, b in ('()', '[]')):
+                raise ConfigError(
+                    f'--cfg-options {setting!r}: a bracket is missing; lists are written in '
+                    'quotes and without spaces, such as "model.lora.preset=[encoder,decoder]"'
+                )
+        from mmengine.config import DictAction
+
+        DictAction(self.option_strings, self.dest, nargs='+')(parser, namespace, values, option)
 
 
 def add_cfg_options(arguments: argparse.ArgumentParser) -> None:
     """Adds ``--cfg-options``.
 
     Args:
-        arguments: Of the tool.
+        arguments: Of the command.
     """
-    from mmengine.config import DictAction
-
-    class Settings(DictAction):
-        """mmengine's action, which tells what is no setting."""
-
-        def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
-            from mmdet_gdino_lora.errors import ConfigError
-
-            for setting in values:
-                if not setting.partition('=')[0] or '=' not in setting:
-                    raise ConfigError(
-                        f'--cfg-options {setting!r}: a setting is written KEY=VALUE, without '
-                        'spaces; write model.lora.r=8, say'
-                    )
-                if any(setting.count(a) != setting.count(b) for a, b in ('()', '[]')):
-                    raise ConfigError(
-                        f'--cfg-options {setting!r}: a bracket is missing; lists are written in '
-                        'quotes and without spaces, such as "model.lora.preset=[encoder,decoder]"'
-                    )
-            super().__call__(parser, namespace, values, option)
-
     arguments.add_argument(
         '--cfg-options',
         nargs='+',
-        action=Settings,
+        action=_Settings,
         metavar='KEY=VALUE',
         help='replace settings of the config, such as model.lora.r=8 or '
         'model.lora.preset="[encoder,decoder]"; lists and tuples in quotes, without spaces',
@@ -85,7 +76,7 @@ def add_overwrite(arguments: argparse.ArgumentParser) -> None:
     """Adds ``--overwrite``.
 
     Args:
-        arguments: Of the tool.
+        arguments: Of the command.
     """
     arguments.add_argument(
         '--overwrite', action='store_true', help='write over files that are there'
@@ -93,17 +84,16 @@ def add_overwrite(arguments: argparse.ArgumentParser) -> None:
 
 
 def refuse_overwriting(what: str, paths: Sequence[str], overwrite: bool) -> None:
-    """Ends a tool that would write over files.
+    """Ends a command that would write over files.
 
     Args:
         what: The argument that names them.
-        paths: Files that the tool is going to write.
+        paths: Files that the command is going to write.
         overwrite: ``--overwrite``.
 
     Raises:
         ConfigError: One is there, and nobody asked for it.
     """
-    from mmdet_gdino_lora.errors import ConfigError
 
     there = [path for path in paths if os.path.lexists(path)]
     if there and not overwrite:
@@ -117,7 +107,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     """A parser with the arguments that mmdet's train.py and test.py have in common.
 
     Args:
-        description: Of the tool.
+        description: Of the command.
 
     Returns:
         Parser with ``config``, ``--work-dir``, ``--cfg-options`` and ``--launcher``.
@@ -141,7 +131,7 @@ def read_config(
     work_dir: Optional[str] = None,
     launcher: str = 'none',
     local_rank: int = 0,
-):
+) -> Config:
     """Reads a config and puts the command line's settings into it.
 
     Args:
@@ -158,10 +148,8 @@ def read_config(
         ConfigError: The environment lacks something, or the file or an option is not right.
     """
     os.environ.setdefault('LOCAL_RANK', str(local_rank))
+    load()
     from mmdet.utils import setup_cache_size_limit_of_dynamo
-
-    import mmdet_gdino_lora  # noqa: F401  first of all: it checks the environment
-    from mmdet_gdino_lora.errors import ConfigError
 
     setup_cache_size_limit_of_dynamo()
     cfg = config_file(path)
@@ -177,7 +165,7 @@ def read_config(
     return cfg
 
 
-def config_file(path: str):
+def config_file(path: str) -> Config:
     """Reads a config file.
 
     Args:
@@ -190,8 +178,6 @@ def config_file(path: str):
         ConfigError: It is not there, no config, or holds code that does not run.
     """
     from mmengine.config import Config
-
-    from mmdet_gdino_lora.errors import ConfigError
 
     try:
         return Config.fromfile(path)
@@ -241,7 +227,6 @@ def read_source(source: str, adapter_wanted: bool = False) -> Optional[dict]:
     Raises:
         ConfigError: It is not there or damaged, or holds no adapter.
     """
-    from mmdet_gdino_lora.errors import ConfigError
     from mmdet_gdino_lora.files.read import read_file
     from mmdet_gdino_lora.lora.store.folder import read_folder
 
@@ -257,7 +242,7 @@ def read_source(source: str, adapter_wanted: bool = False) -> Optional[dict]:
     return content
 
 
-def load_source(detector, source: str, content: Optional[dict]) -> dict:
+def load_source(detector: Any, source: str, content: Optional[dict]) -> dict:
     """Loads a checkpoint, or the folder of an adapter, into a detector.
 
     Args:
@@ -280,7 +265,7 @@ def load_source(detector, source: str, content: Optional[dict]) -> dict:
     return content.get('meta', {})
 
 
-def build_runner(cfg):
+def build_runner(cfg: Config) -> Runner:
     """Builds the runner that the config asks for.
 
     Args:

@@ -1,0 +1,1 @@
+"""What `gdino-lora` and the files of tools/ run: a file for each command, with a ``main``."""
