@@ -2,22 +2,26 @@
 # make test   lint and tests
 # make test-faults   kills, full disks, NaN and the like in real training processes; slow
 # make env    the environment both use; nothing is redone when nothing changed
+# make test STACK=onedl   the same on OneDL's line of mmcv, mmengine and mmdet
 # make stack-lowest, make stack-highest   whether the package works on the oldest and the newest
 #             versions that setup.py and the check at import allow; slow: builds an environment each
 #
 # PYTHON=  the interpreter that makes the environment     VENV=  where it lies
-# STACK=   the versions in it: requirements/tested.txt, lowest.txt or highest.txt
+# STACK=   the versions in it: requirements/tested.txt, onedl.txt, lowest.txt or highest.txt
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 
 STACK ?= tested
 PYTHON_tested := python3.11
+PYTHON_onedl := python3.11
 PYTHON_lowest := python3.10
 PYTHON_highest := python3.12
 PYTHON ?= $(shell command -v $(PYTHON_$(STACK)) || command -v python3)
 VENV ?= $(if $(filter tested,$(STACK)),.venv,.venv-$(STACK))
 PINS := requirements/$(STACK).txt
+# mmcv's own, of the family that the pins are of.
+MMCV := requirements/$(if $(filter onedl,$(STACK)),onedl-)mmcv.txt
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 STAMP := $(VENV)/.made
@@ -38,14 +42,14 @@ $(VENV)/.torch: requirements/build.txt $(PINS) | $(VENV)/bin/python
 	$(PIP) install -r requirements/build.txt -c $(PINS)
 	@touch $@
 
-$(VENV)/.mmcv: requirements/mmcv.txt tools/install_mmcv.sh $(VENV)/.torch
+$(VENV)/.mmcv: $(MMCV) tools/install_mmcv.sh tools/build_progress.py $(VENV)/.torch
 	@echo '[2/4] mmcv with its compiled ops'
-	bash tools/install_mmcv.sh $(RUN) $(PINS)
+	bash tools/install_mmcv.sh $(RUN) $(PINS) $(MMCV)
 	@touch $@
 
 $(VENV)/.stack: $(PINS) requirements/test.txt $(VENV)/.mmcv
 	@echo '[3/4] mmdet, transformers, peft and what the tests need'
-	$(PIP) install -r requirements/build.txt -r requirements/mmcv.txt -r $(PINS) -r requirements/test.txt
+	$(PIP) install -r requirements/build.txt -r $(MMCV) -r $(PINS) -r requirements/test.txt
 	@touch $@
 
 $(STAMP): setup.py $(VENV)/.stack

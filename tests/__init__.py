@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import mmengine.config.config as mmengine_config
+from yapf.yapflib import yapf_api
 
 
 def _format_once(format_code: Any) -> Any:
@@ -18,4 +19,7 @@ def _format_once(format_code: Any) -> Any:
     return lambda text, style_config, **_: formatted(text, tuple(style_config.items()))
 
 
-mmengine_config.FormatCode = _format_once(mmengine_config.FormatCode)
+# OneDL's mmengine takes it from yapf whenever it formats, OpenMMLab's once.
+yapf_api.FormatCode = _format_once(yapf_api.FormatCode)
+if hasattr(mmengine_config, 'FormatCode'):
+    mmengine_config.FormatCode = yapf_api.FormatCode

@@ -1,48 +1,78 @@
 #!/usr/bin/env bash
-# Installs mmcv with its compiled ops: install_mmcv.sh PYTHON [CONSTRAINTS]
-# pip takes a wheel where it finds one (PIP_FIND_LINKS, or its cache of an earlier build), else it compiles.
+# Installs mmcv with its compiled ops: install_mmcv.sh PYTHON [CONSTRAINTS [REQUIREMENT]]
+# REQUIREMENT is requirements/mmcv.txt (OpenMMLab's) or onedl-mmcv.txt. pip takes a wheel where it finds one
+# (PIP_FIND_LINKS), else mmcv is compiled. What was compiled is kept in $MMCV_WHEELS, by default
+# ~/.cache/mmdet-gdino-lora, in a folder per torch, Python and platform: the next environment takes it from there.
 set -euo pipefail
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
-requirements=$(cd "$(dirname "${BASH_SOURCE[0]}")/../requirements" && pwd)
-constraints=${2:-$requirements/tested.txt}
-log=$(mktemp)
-compiler=$(mktemp -d)
-trap 'rm -rf "$log" "$compiler"' EXIT
-# Left alone, mmcv's setup.py takes one core fewer than there are.
+tools=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+constraints=${2:-$tools/../requirements/tested.txt}
+requirement=${3:-$tools/../requirements/mmcv.txt}
+name=$(sed -n 's/==.*//p' "$requirement")
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+# Left alone, mmcv's setup.py takes one core fewer than there are, or four at least.
 export MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
 # torch's build looks for ninja on the PATH, not in the environment it runs in.
 export PATH="$(dirname "$python"):$PATH"
 
+# Ops fit one torch, one Python and one platform, and have CUDA's kernels only where they were asked for.
+key=$("$python" -W ignore -c '
+import os, sys, sysconfig, torch
+cuda = torch.cuda.is_available() or os.environ.get("FORCE_CUDA") == "1"
+print("torch" + torch.__version__, "cuda" + str(torch.version.cuda) if cuda else "cpu", sys.implementation.cache_tag, sysconfig.get_platform(), sep="-")')
+kept=${MMCV_WHEELS:-${XDG_CACHE_HOME:-$HOME/.cache}/mmdet-gdino-lora}/$key
+
 # mmcv asks for C++17; torch's headers say when they need C++20 (from 2.14 on). The last -std counts.
 aten=$("$python" -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("torch").origin))')/include/ATen/ATen.h
 if grep -q 'C++20 or later' "$aten"; then
-  printf '#!/bin/sh\nexec %s "$@" -std=c++20\n' "${CXX:-c++}" > "$compiler/g++"
-  chmod +x "$compiler/g++"
-  export CXX="$compiler/g++"
+  printf '#!/bin/sh\nexec %s "$@" -std=c++20\n' "${CXX:-c++}" > "$work/g++"
+  chmod +x "$work/g++"
+  export CXX="$work/g++"
 fi
 
-# Shows ninja's [n/m] counters in place of the compiler's thousands of lines.
-install() {
+has_ops() { problem=$("$python" -W ignore -c 'import mmcv.ops' 2>&1); }
+
+# Runs pip, and shows how far it is.
+pip() {
   set +e
-  "$python" -m pip --disable-pip-version-check install -v --no-build-isolation \
-    -c "$constraints" "$@" -r "$requirements/mmcv.txt" 2>&1 | tee "$log" |
-    grep --line-buffered -oE '\[[0-9]+/[0-9]+\]|Building wheel for mmcv|(Using cached|Processing) [^ ]*mmcv[^ ]*whl|Successfully installed .*'
+  "$python" -m pip --disable-pip-version-check "$@" 2>&1 | tee "$work/log" | "$python" "$tools/build_progress.py"
   local status=${PIPESTATUS[0]}
   set -e
   if [ "$status" -ne 0 ]; then
-    tail -n 40 "$log" >&2
-    echo 'error: mmcv could not be installed (see above); compiling it needs a C++ compiler (g++), the Python headers and about 2 GB of memory per core' >&2
+    tail -n 40 "$work/log" >&2
+    echo "error: $name could not be installed (see above); compiling it needs a C++ compiler (g++), the Python headers and about 2 GB of memory per core" >&2
     exit 1
   fi
 }
-has_ops() { problem=$("$python" -W ignore -c 'import mmcv.ops' 2>&1); }
+install() { pip install -v -c "$constraints" "$@"; }
+# Makes a wheel, or finds one, and installs it.
+build() {
+  rm -rf "$work/wheel"
+  pip wheel -v --no-deps --no-build-isolation -c "$constraints" -w "$work/wheel" "$@" -r "$requirement"
+  install --force-reinstall --no-deps "$work"/wheel/*.whl
+  install "$work"/wheel/*.whl
+}
+keep() {
+  mkdir -p "$kept"
+  cp "$work"/wheel/*.whl "$kept/.new"
+  mv "$kept/.new" "$kept/$(basename "$work"/wheel/*.whl)"
+  echo "kept for the next environment: $kept"
+}
 
-if ! has_ops; then
-  echo 'a ready wheel is used where pip finds one, else mmcv is compiled: about 14 minutes on two cores, once'
-  install
+if ! has_ops && [ -d "$kept" ]; then
+  echo "looking for the wheel that an earlier environment built: $kept"
+  "$python" -m pip --disable-pip-version-check install -q --no-index --find-links "$kept" --force-reinstall --no-deps -r "$requirement" &&
+    install --find-links "$kept" -r "$requirement"
 fi
 if ! has_ops; then
-  echo "that mmcv has no ops, or ops for another torch (${problem##*$'\n'}): compiling it for this one"
-  install --force-reinstall --no-deps --no-cache-dir --no-binary mmcv
+  echo 'a ready wheel is used where pip finds one, else mmcv is compiled: about 14 minutes on two cores, once'
+  build
+  if ! has_ops; then
+    echo "that mmcv has no ops, or ops for another torch (${problem##*$'\n'}): compiling it for this one"
+    build --no-cache-dir --no-binary "$name"
+  fi
+  has_ops || { echo "error: $name was compiled and its ops do not load: ${problem##*$'\n'}" >&2; exit 1; }
+  keep
 fi
 "$python" -c 'import mmcv, mmcv.ops; print("mmcv", mmcv.__version__, "with compiled ops")'
