@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import mmengine.config.config as mmengine_config
+from mmdet.models.layers.transformer import dino_layers
 from yapf.yapflib import yapf_api
 
 
@@ -23,3 +24,14 @@ def _format_once(format_code: Any) -> Any:
 yapf_api.FormatCode = _format_once(yapf_api.FormatCode)
 if hasattr(mmengine_config, 'FormatCode'):
     mmengine_config.FormatCode = yapf_api.FormatCode
+
+
+def _in_the_width_that_the_decoder_takes(encoding: Any) -> Any:
+    return lambda boxes, num_feats=128: encoding(boxes)
+
+
+# Stock Grounding DINO, which tests compare with, stops in its decoder with OneDL's mmdet 3.5.1:
+# boxes are encoded in twice the width of its `ref_point_head`.
+dino_layers.coordinate_to_encoding = _in_the_width_that_the_decoder_takes(
+    dino_layers.coordinate_to_encoding
+)

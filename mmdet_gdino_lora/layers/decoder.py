@@ -6,32 +6,72 @@ from typing import Any
 
 import torch
 from mmdet.models.layers.transformer.grounding_dino_layers import GroundingDinoTransformerDecoder
-from torch import Tensor
+from mmdet.models.layers.transformer.utils import coordinate_to_encoding, inverse_sigmoid
+from torch import Tensor, nn
 
 
 class LeanDecoder(GroundingDinoTransformerDecoder):
-    """This decoder equals mmdet's in arguments, parameters, names and results."""
+    """This decoder equals mmdet's in arguments, parameters, names and results.
+
+    It does not call mmdet's own forward: that of OneDL's mmdet 3.5.1 encodes boxes in twice the
+    width that the decoder's `ref_point_head` takes.
+    """
 
     def forward(
-        self, query: Tensor, *args: Any, self_attn_mask: Tensor | None = None, **kwargs: Any
-    ) -> Any:
+        self,
+        query: Tensor,
+        value: Tensor,
+        *,
+        reference_points: Tensor,
+        valid_ratios: Tensor,
+        reg_branches: nn.ModuleList,
+        self_attn_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
         """Decode as mmdet does.
 
         Args:
             query: [B, Q, C].
-            *args: mmdet's.
+            value: [B, N, C], the image's features.
+            reference_points: [B, Q, 4] (cx, cy, w, h in 0..1).
+            valid_ratios: [B, levels, 2], of the padded image.
+            reg_branches: of each layer, [B, Q, C] to what is added to its boxes.
             self_attn_mask: bool [Q, Q], True: hidden. Denoising groups see only themselves.
-            **kwargs: mmdet's.
+            **kwargs: of the layers, in mmdet's names.
 
         Returns:
             mmdet's: outputs [layers, B, Q, C] and reference boxes [layers + 1, B, Q, 4].
         """
-        if self_attn_mask is not None and self_attn_mask.dtype == torch.bool:
-            # Attention kernels turn a bool mask into a bias and keep that for the backward pass:
-            # once here, rather than once per layer.
-            device = query.device.type
-            autocast = torch.is_autocast_enabled(device)
-            dtype = torch.get_autocast_dtype(device) if autocast else query.dtype
-            bias = torch.zeros_like(self_attn_mask, dtype=dtype)
-            self_attn_mask = bias.masked_fill_(self_attn_mask, float('-inf'))
-        return super().forward(query, *args, self_attn_mask=self_attn_mask, **kwargs)
+        scale = torch.cat([valid_ratios, valid_ratios], -1)[:, None]
+        bias = None if self_attn_mask is None else _as_bias(self_attn_mask, query)
+        width = self.ref_point_head.layers[0].in_features // 4
+        outputs, boxes = [], [reference_points]
+        for layer, branch in zip(self.layers, reg_branches):
+            on_levels = reference_points[:, :, None] * scale
+            encoded = coordinate_to_encoding(on_levels[:, :, 0], num_feats=width)
+            query = layer(
+                query,
+                query_pos=self.ref_point_head(encoded),
+                value=value,
+                self_attn_mask=bias,
+                valid_ratios=valid_ratios,
+                reference_points=on_levels,
+                **kwargs,
+            )
+            # A layer's loss reaches the boxes of the layer before: only what goes on is detached.
+            moved = branch(query) + inverse_sigmoid(reference_points, eps=1e-3)
+            boxes.append(moved.sigmoid())
+            reference_points = boxes[-1].detach()
+            outputs.append(self.norm(query))
+        return torch.stack(outputs), torch.stack(boxes)
+
+
+def _as_bias(mask: Tensor, query: Tensor) -> Tensor:
+    # Attention kernels turn a bool mask into a bias and keep that for the backward pass: once here,
+    # rather than once per layer.
+    if mask.dtype != torch.bool:
+        return mask
+    device = query.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else query.dtype
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float('-inf'))

@@ -150,14 +150,16 @@ def _told(error: Exception, in_folder: bool) -> Optional[str]:
         )
     # of a name that isn't one on the hub, huggingface_hub says so with a ValueError
     not_there = OSError if in_folder else (OSError, ValueError)
-    if isinstance(error, not_there) or _is_of_network(error):
+    # transformers 4 says so with an OSError, whatever kept it from reading the file
+    damaged = reason.startswith('Unable to load weights')
+    if not damaged and (isinstance(error, not_there) or _is_of_network(error)):
         where = '' if in_folder else ' (no folder of that name, nor on the hub)'
         return (
             f': no text model there{where}: {reason}; give a folder with config.json, vocab.txt '
             'and model.safetensors, or connect to the Hugging Face hub, or set HF_HOME to a cache '
             'that holds it'
         )
-    if isinstance(error, _UNREADABLE):
+    if damaged or isinstance(error, _UNREADABLE):
         return (
             f' can not be read: {type(error).__name__}: {reason}; its files are damaged or of '
             'another model, download it again or give another one'
@@ -172,5 +174,7 @@ def _is_of_network(error: Exception) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip('.') if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    # torch's own begins with a heading: 'Error(s) in loading state_dict for Embedding:'
+    said = ' '.join(lines[:2]) if lines and lines[0].endswith(':') else ''.join(lines[:1])
+    return said.rstrip('.') or type(error).__name__

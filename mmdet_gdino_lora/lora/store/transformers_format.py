@@ -45,9 +45,14 @@ def write_transformers(folder: str, detector: GroundingDINO, weights: Mapping[st
         for i in range(config.decoder_layers):
             converted[f'class_embed.{i}.bias'] = torch.zeros(())
         converted['model.encoder_output_class_embed.bias'] = torch.zeros(())
-    width = config.backbone_config.embed_dim * 2 ** (len(config.backbone_config.depths) - 1)
-    unread = 'model.backbone.conv_encoder.model.swin.layernorm.'  # there, but not part of forward
-    converted[unread + 'weight'], converted[unread + 'bias'] = torch.ones(width), torch.zeros(width)
+    with torch.device('meta'):
+        names = getattr(modeling, name)(config).state_dict()
+    # In transformers 5 it is there, but not part of forward.
+    unread = 'model.backbone.conv_encoder.model.swin.layernorm.'
+    if unread + 'weight' in names:
+        width = config.backbone_config.embed_dim * 2 ** (len(config.backbone_config.depths) - 1)
+        converted[unread + 'weight'] = torch.ones(width)
+        converted[unread + 'bias'] = torch.zeros(width)
     os.makedirs(folder, exist_ok=True)
     config.save_pretrained(folder)
     detector.language_model.tokenizer.save_pretrained(folder)
@@ -60,7 +65,10 @@ def write_transformers(folder: str, detector: GroundingDINO, weights: Mapping[st
         save_file(
             {n: t.contiguous() for n, t in converted.items()}, partial, metadata={'format': 'pt'}
         )
-    _, report = getattr(modeling, name).from_pretrained(folder, output_loading_info=True)
+    model, report = getattr(modeling, name).from_pretrained(folder, output_loading_info=True)
+    # Older releases list what they compute when they build the model, such as window positions.
+    buffers = {buffer for buffer, _ in model.named_buffers()}
+    report['missing_keys'] = set(report['missing_keys']) - buffers
     for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
         if report[kind]:
             raise ConfigError(
