@@ -183,7 +183,7 @@ class LeanGroundingDINO(GroundingDINO):
         proposals = self.select_proposals(**encoder_outputs)
         memory, memory_text = encoder_outputs['memory'], encoder_outputs['memory_text']
         text_token_mask = encoder_outputs['text_token_mask']
-        query = self.query_embedding.weight[None].expand(len(memory), -1, -1)
+        query = self.query_embedding.weight[None].expand(memory.shape[0], -1, -1)
         reference_points = proposals.boxes.detach()
         dn_mask, dn_meta = None, None
         if self.training and self.dn_query_generator is not None:

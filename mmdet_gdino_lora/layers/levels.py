@@ -44,12 +44,15 @@ def level_tensors(feats: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return _levels(shapes, feats[0].device)
 
 
-def host_shapes(spatial_shapes: Tensor) -> Shapes:
+def host_shapes(spatial_shapes: Tensor | Shapes) -> Shapes:
     """Give the numbers in ``spatial_shapes``; waits for the device at most once per tensor.
 
     Args:
-        spatial_shapes: int64 [levels, 2], from `level_tensors` or from mmdet.
+        spatial_shapes: int64 [levels, 2], from `level_tensors` or from mmdet; or the numbers
+            themselves, which an exported graph computes from its input.
     """
+    if isinstance(spatial_shapes, tuple):
+        return spatial_shapes
     shapes = getattr(spatial_shapes, 'host_shapes', None)
     if shapes is None:
         shapes = tuple((int(height), int(width)) for height, width in spatial_shapes.tolist())

@@ -78,7 +78,7 @@ def select_proposals(
         torch.clear_autocast_cache()
     selected = positions[..., None]
     memory = transform(memory.gather(1, selected.expand(-1, -1, memory.shape[-1])))
-    boxes = boxes.expand(len(memory), -1, -1).gather(1, selected.expand(-1, -1, 4))
+    boxes = boxes.expand(memory.shape[0], -1, -1).gather(1, selected.expand(-1, -1, 4))
     logits = classify(memory, memory_text, text_token_mask)
     return Proposals(logits, regress(memory) + boxes, positions)
 

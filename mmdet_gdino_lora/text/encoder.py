@@ -315,14 +315,27 @@ class _BertBody(nn.Module):
             ``num_layers_of_embedded`` layers, and the last layer.
         """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        seen = positions < lengths[:, None]
+        return self.encode(input_ids, positions[None].expand_as(input_ids), seen[:, None, None])
+
+    def encode(self, input_ids: Tensor, position_ids: Tensor, seen: Tensor) -> Tensor:
+        """Encodes rows of tokens.
+
+        Args:
+            input_ids: Token ids [N, L].
+            position_ids: [N, L].
+            seen: Which tokens (the last dimension) a token sees, bool, broadcast to [N, 1, L, L].
+
+        Returns:
+            As :meth:`forward`.
+        """
         hidden = self.model.embeddings(
             input_ids=input_ids,
             token_type_ids=torch.zeros_like(input_ids),
-            position_ids=positions[None].expand_as(input_ids),
+            position_ids=position_ids,
         )
-        mask = torch.zeros(input_ids.shape, dtype=hidden.dtype, device=hidden.device)
-        mask = mask.masked_fill(positions >= lengths[:, None], torch.finfo(hidden.dtype).min)
-        mask = mask[:, None, None]
+        mask = torch.zeros(seen.shape, dtype=hidden.dtype, device=hidden.device)
+        mask = mask.masked_fill(~seen, torch.finfo(hidden.dtype).min)
         layers = []
         for layer in self.model.encoder.layer:
             if self.use_checkpoint and torch.is_grad_enabled():

@@ -1,0 +1,1 @@
+"""Tuned detectors for where there is neither mmdet nor torch: ONNX graphs and their runner."""
