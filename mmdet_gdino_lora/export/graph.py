@@ -31,7 +31,8 @@ class DetectorGraph(nn.Module):
 
     def __init__(self, detector: LeanGroundingDINO) -> None:
         super().__init__()
-        self.detector = detector.eval().requires_grad_(False)
+        self.detector = detector.requires_grad_(False)
+        self.eval()  # the graph itself, too: the exporter sets all modules back to its mode
         exchange_for_graph(detector)
         preprocessor = detector.data_preprocessor
         normalises = preprocessor._enable_normalize
