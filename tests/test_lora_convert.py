@@ -17,6 +17,7 @@ import mmdet_gdino_lora  # noqa: F401
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora.store.convert import OFFICIAL, from_mmdet, release_of, to_mmdet
 from mmdet_gdino_lora.lora.store.merge import merged_weights
+from mmdet_gdino_lora.lora.store.official_format import write_official
 from mmdet_gdino_lora.lora.store.transformers_format import write_transformers
 from mmdet_gdino_lora.lora.tensors import plain_tensors
 from tests.builders import WORDS, build_cfg, data_samples, detector_cfg
@@ -169,3 +170,56 @@ def test_the_official_names_are_those_that_mmdets_converter_reads(
     assert len(WORDS) == tuned.dn_query_generator.label_embedding.weight.shape[0]
     loaded = plain_tensors(tuned)
     assert all(torch.equal(loaded[name], own[name]) for name in back)
+
+
+def swin_tiny(text_dir: str, **overrides: Any) -> nn.Module:
+    """A detector with Swin-T as the official release builds it, and few layers behind it."""
+    backbone = detector_cfg(text_dir)['backbone']
+    backbone.update(embed_dims=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24])
+    neck = detector_cfg(text_dir)['neck']
+    neck['in_channels'] = [192, 384, 768]
+    return convertible(text_dir, PLAIN, backbone=backbone, neck=neck, **overrides)
+
+
+def test_a_merged_swin_goes_to_the_official_release_and_comes_back(
+    text_dir: str, tmp_path: Path
+) -> None:
+    detector = stir(swin_tiny(text_dir, lora=dict(preset='decoder', r=2)))
+    weights = merged_weights(detector)
+    path = tmp_path / 'tuned.pth'
+    assert write_official(str(path), detector, weights) == 'swin_T_224_1k'
+    (model,) = torch.load(path, weights_only=True).values()
+    assert all(name.startswith('module.') for name in model)
+    # its code finds the branches under either name
+    for name in model:
+        if '.decoder.bbox_embed.' in name:
+            assert torch.equal(model[name], model[name.replace('transformer.decoder.', '')])
+    config: dict[str, Any] = {}
+    exec((tmp_path / 'tuned.py').read_text(), config)
+    assert config['num_queries'] == 30 and config['text_encoder_type'] == text_dir
+    assert config['dec_layers'] == 3 and config['return_interm_indices'] == [1, 2, 3]
+    assert not config['dec_pred_bbox_embed_share']  # the branches differ
+    again = plain_tensors(swin_tiny(text_dir, base_checkpoint=str(path)))
+    assert all(torch.equal(again[n], w) for n, w in weights.items() if 'dn_query' not in n)
+
+
+def test_what_the_official_release_cannot_express_is_refused(text_dir: str, tmp_path: Path) -> None:
+    path = str(tmp_path / 'tuned.pth')
+    wide = detector_cfg(text_dir)['encoder']
+    other = detector_cfg(text_dir)['decoder']
+    other['layer_cfg']['ffn_cfg']['feedforward_channels'] = 128
+    offset = dict(num_feats=128, normalize=True, offset=-0.5, temperature=20)
+    for match, detector in (
+        ('Swin-T.*width 12', convertible(text_dir, PLAIN, lora=None)),
+        ('text layer ffn is 64', swin_tiny(text_dir, lora=None, encoder=wide)),
+        ('feed-forward width is 64 .* 128', swin_tiny(text_dir, lora=None, decoder=other)),
+        ('offset=-0.5', swin_tiny(text_dir, lora=None, positional_encoding=offset)),
+    ):
+        with pytest.raises(ConfigError, match=f'--format official: .*{match}.*--format mmdet'):
+            write_official(path, detector, {})
+    for head, match in ((SCALED, "log_scale='auto' and bias=True"), (dict(max_text_len=9), '=9')):
+        detector = swin_tiny(text_dir, lora=None)
+        detector.bbox_head = convertible(text_dir, head, lora=None).bbox_head
+        with pytest.raises(ConfigError, match=match):
+            write_official(path, detector, {})
+    assert not list(tmp_path.iterdir())

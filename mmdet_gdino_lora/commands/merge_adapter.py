@@ -41,9 +41,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     )
     arguments.add_argument(
         '--format',
-        choices=['mmdet', 'transformers'],
+        choices=['mmdet', 'transformers', 'official'],
         default='mmdet',
-        help="transformers writes a folder for transformers' from_pretrained",
+        help="transformers writes a folder for transformers' from_pretrained; official a .pth for "
+        "IDEA-Research's code, and its config beside it",
     )
     add_cfg_options(arguments)
     add_overwrite(arguments)
@@ -54,6 +55,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
     if args.format == 'mmdet' and not args.out.endswith(('.pth', '.safetensors')):
         raise ConfigError(f'out {args.out!r}: name it .pth or .safetensors')
+    if args.format == 'official' and not args.out.endswith('.pth'):
+        raise ConfigError(f'out {args.out!r}: name it .pth')
     if args.format == 'transformers' and os.path.isfile(args.out):
         raise ConfigError(f'out {args.out!r} is a file; name a folder')
     if not 0 <= args.scale <= 1:
@@ -61,6 +64,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     written = [args.out]
     if args.format == 'transformers':
         written = [os.path.join(args.out, name) for name in ('config.json', 'model.safetensors')]
+    if args.format == 'official':
+        from mmdet_gdino_lora.lora.store.official_format import config_path, write_official
+
+        written.append(config_path(args.out))
     refuse_overwriting('out', written, args.overwrite)
     detector, meta = load_tuned(args.config, args.adapter, args.cfg_options)
     weights = merged_weights(detector, args.scale)
@@ -68,6 +75,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         from mmdet_gdino_lora.lora.store.transformers_format import write_transformers
 
         kind = write_transformers(args.out, detector, weights)
+    elif args.format == 'official':
+        kind = f'{write_official(args.out, detector, weights)}, its config {written[1]}'
     else:
         write_weights(args.out, weights, dict(dataset_meta=meta.get('dataset_meta', {})))
         kind = f'{len(weights)} tensors'

@@ -82,9 +82,7 @@ class DetectorGraph(nn.Module):
         """The head's outputs of the last decoder layer: nobody reads the others'."""
         head, last = self.detector.bbox_head, self.detector.decoder.num_layers - 1
         hidden = decoded['hidden_states'][last]
-        logits = head.cls_branches[last](
-            hidden, decoded['memory_text'], decoded['text_token_mask']
-        )
+        logits = head.cls_branches[last](hidden, decoded['memory_text'], decoded['text_token_mask'])
         boxes = head.reg_branches[last](hidden) + inverse_sigmoid(decoded['references'][last])
         return logits, boxes.sigmoid()
 

@@ -248,9 +248,7 @@ def differences(path: str, graph: Graph, inputs: Sequence[Tensor]) -> dict[str, 
     theirs = session.run(list(graph.outputs), given)
     with torch.no_grad():
         ours = graph(*inputs)
-    return {
-        name: _largest(a, b.numpy()) for name, a, b in zip(graph.outputs, theirs, ours)
-    }
+    return {name: _largest(a, b.numpy()) for name, a, b in zip(graph.outputs, theirs, ours)}
 
 
 def _largest(a: np.ndarray, b: np.ndarray) -> float:

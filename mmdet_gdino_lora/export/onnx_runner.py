@@ -100,9 +100,7 @@ class OnnxDetector:
             if names is not None:
                 raise ValueError(f'this model detects {self.classes}; it takes no other names')
             names = self.classes
-            boxes, scores, labels = (
-                out[0] for out in self.session.run(None, dict(images=pixels))
-            )
+            boxes, scores, labels = (out[0] for out in self.session.run(None, dict(images=pixels)))
         if score_threshold is None:
             score_threshold = float(self.meta['score_threshold'])
         kept = scores >= score_threshold

@@ -15,9 +15,7 @@ _OF_TRAINING = ('lora', 'base_checkpoint', 'base_dtype', 'retain', 'dn_cfg', 'fu
 """Arguments of the detector that say nothing about what it computes."""
 
 
-def plain_detector(
-    config: Mapping[str, Any], weights: Mapping[str, Tensor]
-) -> LeanGroundingDINO:
+def plain_detector(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> LeanGroundingDINO:
     """Builds a config's detector from merged weights, in float32 on the CPU.
 
     Args:

@@ -16,6 +16,7 @@ from transformers import GroundingDinoConfig, GroundingDinoImageProcessor, SwinC
 from mmdet_gdino_lora.engine.atomic import atomic
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora.store.convert import TRANSFORMERS, from_mmdet
+from mmdet_gdino_lora.lora.store.proportions import check_proportions
 
 
 def write_transformers(folder: str, detector: GroundingDINO, weights: Mapping[str, Tensor]) -> str:
@@ -108,6 +109,7 @@ def _config(detector: GroundingDINO, family: str) -> GroundingDinoConfig:
             f'--format transformers: the {type(backbone).__name__} backbone has no converter to '
             'transformers (Swin has); write --format mmdet.'
         )
+    check_proportions(detector, TRANSFORMERS)
     attention = [stage.blocks[0].attn.w_msa for stage in backbone.stages]
     swin = SwinConfig(
         embed_dim=backbone.patch_embed.projection.out_channels,
@@ -118,7 +120,7 @@ def _config(detector: GroundingDINO, family: str) -> GroundingDinoConfig:
         mlp_ratio=backbone.stages[0].blocks[0].ffn.feedforward_channels / attention[0].embed_dims,
         out_features=[f'stage{i + 1}' for i in backbone.out_indices],
     )
-    layer, text, fusion = encoder.layers[0], encoder.text_layers[0], encoder.fusion_layers[0]
+    layer = encoder.layers[0]
     values = dict(
         num_queries=detector.num_queries,
         encoder_layers=encoder.num_layers,
@@ -134,18 +136,6 @@ def _config(detector: GroundingDINO, family: str) -> GroundingDinoConfig:
         max_text_len=detector.bbox_head.cls_branches[0].max_text_len,
         positional_embedding_temperature=detector.positional_encoding.temperature,
     )
-    halves = dict(
-        text_layer_ffn=(text.ffn.feedforward_channels, values['encoder_ffn_dim'] // 2),
-        text_layer_heads=(text.self_attn.num_heads, values['encoder_attention_heads'] // 2),
-        fusion_width=(fusion.attn.embed_dim, values['encoder_ffn_dim'] // 2),
-        fusion_heads=(fusion.attn.num_heads, values['encoder_attention_heads'] // 2),
-    )
-    for what, (ours, theirs) in halves.items():
-        if ours != theirs:
-            raise ConfigError(
-                f'--format transformers: {what.replace("_", " ")} is {ours} here, and transformers '
-                f"derives {theirs} from the encoder's; write --format mmdet."
-            )
     config_class = getattr(importlib.import_module('transformers'), f'{family}Config')
     body = detector.language_model.language_backbone.body.model
     return config_class(
