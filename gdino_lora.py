@@ -20,6 +20,7 @@ COMMANDS = {
     'image-demo': ('image_demo', 'detect what a text names in an image, and draw the boxes'),
     'demo': ('demo', 'watch a small model learn new objects, on a CPU, in minutes'),
     'export': ('export_adapter', "write a run's adapter in PEFT's own format"),
+    'export-onnx': ('export_onnx', 'write a tuned detector as an ONNX file'),
     'merge': ('merge_adapter', 'fold an adapter into its base'),
     'sweep': ('sweep_scale', 'measure an adapter at several strengths'),
     'shrink': ('shrink_checkpoint', "write a checkpoint's weights in half precision"),

@@ -19,6 +19,7 @@ setup(
     # .mim is where mmengine looks for a package's configs; here it links to configs/ and assets/.
     package_data={'mmdet_gdino_lora': ['.mim/configs/*.py', '.mim/assets/shapes/**/*']},
     entry_points={'console_scripts': ['gdino-lora = gdino_lora:main']},
+    extras_require={'onnx': ['onnx>=1.23', 'onnxruntime>=1.32', 'onnxscript>=0.7']},
     install_requires=[
         'transformers>=4.45,<6',
         'peft>=0.16,<1',

@@ -21,6 +21,7 @@ from mmengine.model import BaseModule
 from torch import Tensor
 
 from mmdet_gdino_lora.checks.arguments import unknown_arguments
+from mmdet_gdino_lora.checks.evaluation_only import check_texts_arrive
 from mmdet_gdino_lora.checks.findings import tell
 from mmdet_gdino_lora.engine.learning_rates import multiplied_rates
 from mmdet_gdino_lora.engine.runner_config import checkpoint_at_start, runner_config
@@ -207,7 +208,11 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         mmdet's own would run Xavier over the adapters as well, after which an injected model no
         longer starts equal to its base, and would fetch backbone and text weights that the base,
         or the checkpoint of a resumed run, overwrites.
+
+        Raises:
+            ConfigError: The run's training data brings no text; mmdet's own tools check nothing.
         """
+        tell(check_texts_arrive(runner_config()))
         if self.base_checkpoint:
             return
         if checkpoint_at_start():

@@ -135,7 +135,9 @@ def validate(detector: LoRAGroundingDINO, inputs: Tensor, samples: SampleList) -
             'losses.'
         )
         return samples
-    if not all('labels' in sample.get('gt_instances', ()) for sample in samples):
+    lacking = _lacks_truth(samples, [caption for (caption,) in captions])
+    if lacking:
+        _say_once(f'{lacking}, so validation computes detections and no losses.')
         return samples
     truth = samples
     if annotations_follow_resize(runner_config()):
@@ -144,6 +146,24 @@ def validate(detector: LoRAGroundingDINO, inputs: Tensor, samples: SampleList) -
     detector.token_targets.attach(truth, of_images, head_inputs['text_token_mask'])
     losses = detector.bbox_head.loss(**head_inputs, batch_data_samples=truth)
     return [*samples, BaseDataElement(loss=losses)]
+
+
+def _lacks_truth(samples: SampleList, captions: Sequence[TokenizedCaption]) -> str:
+    """Says why a batch has no losses: no labels in it, or labels that aren't the captions'."""
+    for sample, caption in zip(samples, captions):
+        if 'labels' not in sample.get('gt_instances', ()):
+            return 'Images of the validation data have no labels (an unlabelled or test set)'
+        if 'phrase_ids' in sample:
+            return 'Labels of the validation data are not those of the phrases (Flickr30k entities)'
+        named = {-1, *caption.labels}
+        missing = [n for n in sample.gt_instances.labels.tolist() if n not in named]
+        if missing:
+            where = sample.get('img_path', '')
+            return (
+                f'Boxes of the validation data have labels that stand for nothing in the caption '
+                f'(label {missing[0]} of {where or "an image"}, for one)'
+            )
+    return ''
 
 
 @cache

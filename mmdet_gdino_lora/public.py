@@ -13,6 +13,7 @@ from mmdet_gdino_lora.engine.compile_hook import CompileHook  # noqa: E402
 from mmdet_gdino_lora.engine.nonfinite_hook import NonFiniteHook  # noqa: E402
 from mmdet_gdino_lora.engine.preempt_hook import PreemptHook  # noqa: E402
 from mmdet_gdino_lora.engine.seed_hook import ResumableSeedHook  # noqa: E402
+from mmdet_gdino_lora.evaluation.lvis import mend_lvis  # noqa: E402
 from mmdet_gdino_lora.files.loaders import register_loaders  # noqa: E402
 from mmdet_gdino_lora.head import GroundingDINOCriterionHead  # noqa: E402
 from mmdet_gdino_lora.objective import BoxGIoUCost, BoxL1Cost, TokenFocalCost  # noqa: E402
@@ -20,6 +21,7 @@ from mmdet_gdino_lora.objective.criterion import GroundingDINOCriterion, build_c
 from mmdet_gdino_lora.text import GroundingTextEncoder  # noqa: E402
 
 register_loaders()
+mend_lvis()
 
 __all__ = [
     'AdapterCheckpointHook',

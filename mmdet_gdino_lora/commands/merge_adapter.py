@@ -2,6 +2,7 @@
 
 merge_adapter.py CONFIG ADAPTER OUT.pth [--scale 0.5]
 merge_adapter.py CONFIG ADAPTER FOLDER --format transformers
+merge_adapter.py CONFIG ADAPTER OUT.pth --format official
 """
 
 from __future__ import annotations
@@ -53,21 +54,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     from mmdet_gdino_lora.lora.store.folder import write_weights
     from mmdet_gdino_lora.lora.store.merge import merged_weights
 
-    if args.format == 'mmdet' and not args.out.endswith(('.pth', '.safetensors')):
-        raise ConfigError(f'out {args.out!r}: name it .pth or .safetensors')
-    if args.format == 'official' and not args.out.endswith('.pth'):
-        raise ConfigError(f'out {args.out!r}: name it .pth')
-    if args.format == 'transformers' and os.path.isfile(args.out):
-        raise ConfigError(f'out {args.out!r} is a file; name a folder')
+    written = files_to_write(args.out, args.format)
     if not 0 <= args.scale <= 1:
         raise ConfigError(f'--scale {args.scale:g}: give a number between 0 and 1')
-    written = [args.out]
-    if args.format == 'transformers':
-        written = [os.path.join(args.out, name) for name in ('config.json', 'model.safetensors')]
-    if args.format == 'official':
-        from mmdet_gdino_lora.lora.store.official_format import config_path, write_official
-
-        written.append(config_path(args.out))
     refuse_overwriting('out', written, args.overwrite)
     detector, meta = load_tuned(args.config, args.adapter, args.cfg_options)
     weights = merged_weights(detector, args.scale)
@@ -76,11 +65,41 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
         kind = write_transformers(args.out, detector, weights)
     elif args.format == 'official':
+        from mmdet_gdino_lora.lora.store.official_format import write_official
+
         kind = f'{write_official(args.out, detector, weights)}, its config {written[1]}'
     else:
         write_weights(args.out, weights, dict(dataset_meta=meta.get('dataset_meta', {})))
         kind = f'{len(weights)} tensors'
     print(f'{args.out}: {kind}, adapter at scale {args.scale:g}')
+
+
+def files_to_write(out: str, form: str) -> list[str]:
+    """Names the files that a merge writes.
+
+    Args:
+        out: As it was typed: a file, or for transformers a folder.
+        form: ``--format``.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        ConfigError: The name does not fit the format.
+    """
+    if form == 'mmdet' and not out.endswith(('.pth', '.safetensors')):
+        raise ConfigError(f'out {out!r}: name it .pth or .safetensors')
+    if form == 'official' and not out.endswith('.pth'):
+        raise ConfigError(f'out {out!r}: name it .pth')
+    if form == 'transformers' and os.path.isfile(out):
+        raise ConfigError(f'out {out!r} is a file; name a folder')
+    if form == 'transformers':
+        return [os.path.join(out, name) for name in ('config.json', 'model.safetensors')]
+    if form == 'official':
+        from mmdet_gdino_lora.lora.store.official_format import config_path
+
+        return [out, config_path(out)]
+    return [out]
 
 
 def load_tuned(config: str, adapter: str, options: dict | None = None) -> tuple:

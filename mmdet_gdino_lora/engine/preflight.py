@@ -19,10 +19,13 @@ from mmdet_gdino_lora.checks.adapter import check_lora, check_retain
 from mmdet_gdino_lora.checks.arguments import check_model
 from mmdet_gdino_lora.checks.coco_file import need_no_folder
 from mmdet_gdino_lora.checks.dataset import check_coco
+from mmdet_gdino_lora.checks.evaluation_only import check_texts_arrive
 from mmdet_gdino_lora.checks.findings import Finding, tell
 from mmdet_gdino_lora.checks.folder import check_folder, check_latest, check_overwriting
+from mmdet_gdino_lora.checks.packages import check_packages
 from mmdet_gdino_lora.checks.resumed import check_resumed
 from mmdet_gdino_lora.checks.run import check_run
+from mmdet_gdino_lora.checks.walk import datasets_of, metrics_of
 from mmdet_gdino_lora.checks.words import some
 from mmdet_gdino_lora.engine.earlier import set_aside
 from mmdet_gdino_lora.errors import ConfigError
@@ -46,12 +49,15 @@ def check_config(cfg: Mapping[str, Any], stages: Sequence[str] = ('train', 'val'
         _need_file(key, cfg['load_from'])
     _check_compile(cfg)
     tell(check_run(cfg, stages))
+    if 'train' in stages:
+        tell(check_texts_arrive(cfg))
+    tell(check_packages(cfg, stages))
     for stage in stages:
-        for key, dataset in _datasets(f'{stage}_dataloader', cfg.get(f'{stage}_dataloader')):
+        for key, dataset in datasets_of(f'{stage}_dataloader', cfg.get(f'{stage}_dataloader')):
             check_dataset(key, dataset, cfg.get('model') or {})
             if stage == 'train' and _is_coco(dataset):
                 _check_retain(cfg, key, _config_classes(key, dataset))
-        for key, metric in _metrics(f'{stage}_evaluator', cfg.get(f'{stage}_evaluator')):
+        for key, metric in metrics_of(f'{stage}_evaluator', cfg.get(f'{stage}_evaluator')):
             if metric.get('ann_file'):
                 _need_file(f'{key}.ann_file', metric['ann_file'])
     tell(_check_model(cfg['model']))
@@ -133,6 +139,9 @@ def check_dataset(key: str, dataset: Mapping[str, Any], model: Mapping[str, Any]
             if _is_coco(dataset):
                 need_no_folder(f'{key}.{name}', os.path.join(root, dataset[name]))
             _need_file(f'{key}.{name}', dataset[name], root)
+    for number, step in enumerate(dataset.get('pipeline') or ()):
+        if step.get('label_map_file'):
+            _need_file(f'{key}.pipeline.{number}.label_map_file', step['label_map_file'])
     for name, folder in (dataset.get('data_prefix') or {}).items():
         path = os.path.join(root, folder)
         if isinstance(folder, str) and not _is_remote(path) and not os.path.isdir(path):
@@ -195,28 +204,6 @@ class PreflightHook(Hook):
             where = runner._load_from or 'the latest checkpoint'
             tell(check_resumed(runner.cfg, where, runner.epoch, runner.iter, optimizer))
         set_aside(runner.cfg)
-
-
-def _datasets(key: str, node: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Data sets in a dataloader's config, through wrappers and lists of them."""
-    if isinstance(node, Mapping):
-        inner = [name for name in ('dataset', 'datasets') if node.get(name)]
-        if not inner and 'type' in node:
-            yield key, node
-        for name in inner:
-            yield from _datasets(f'{key}.{name}', node[name])
-    elif isinstance(node, (list, tuple)):
-        for index, part in enumerate(node):
-            yield from _datasets(f'{key}.{index}', part)
-
-
-def _metrics(key: str, node: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if isinstance(node, Mapping):
-        yield key, node
-        yield from _metrics(f'{key}.metrics', node.get('metrics'))
-    elif isinstance(node, (list, tuple)):
-        for index, part in enumerate(node):
-            yield from _metrics(f'{key}.{index}', part)
 
 
 def _class_of(dataset: Mapping[str, Any]) -> Any:

@@ -1,0 +1,1 @@
+"""What metrics of mmdet's need to end on today's packages."""
