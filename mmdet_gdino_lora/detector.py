@@ -41,6 +41,7 @@ from mmdet_gdino_lora.lora import (
     set_frozen_eval,
     write_card,
 )
+from mmdet_gdino_lora.phrases import LostPhrases, without_lost
 from mmdet_gdino_lora.prediction import captions_to_predict, detect, validate
 from mmdet_gdino_lora.retain import Retention
 from mmdet_gdino_lora.samples import TokenTargets, caption_of, is_free_text
@@ -135,6 +136,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         self._gradient_check: Optional[GradientCheck] = None
         self._boxes_in_last_step = 0
         self._rates_told = lora is None
+        self.lost_phrases = LostPhrases()
         self.token_targets = TokenTargets(self.bbox_head.num_classes if dn_cfg else None)
 
     # ---------------------------------------------------------------------------- weights and modes
@@ -281,6 +283,8 @@ class LoRAGroundingDINO(LeanGroundingDINO):
             # Before any graph exists: to be the base, freed parameters change in place.
             teacher = self.retention.ask_teacher(self, batch_inputs, batch_data_samples)
         captions = self.captions(batch_data_samples)
+        self.lost_phrases.count(batch_data_samples, [[c] for c in captions], lost_boxes=True)
+        batch_data_samples = without_lost(batch_data_samples, captions)
         text_dict = self.encode_text(captions)
         self.token_targets.attach(batch_data_samples, captions, text_dict['text_token_mask'])
         features = None if teacher is None else teacher.features

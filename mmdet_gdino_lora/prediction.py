@@ -13,6 +13,7 @@ from mmengine.structures import BaseDataElement, InstanceData
 from torch import Tensor
 
 from mmdet_gdino_lora.engine.runner_config import annotations_follow_resize, runner_config
+from mmdet_gdino_lora.phrases import without_lost
 from mmdet_gdino_lora.samples import captions_of, with_resized_boxes
 from mmdet_gdino_lora.text import TokenizedCaption
 
@@ -38,7 +39,9 @@ def captions_to_predict(
     """
     tokenizer = detector.language_model.caption_tokenizer
     chunk_size = max(0, detector.test_cfg.get('chunked_size', 0))
-    return [captions_of(sample, tokenizer, chunk_size) for sample in batch_data_samples]
+    captions = [captions_of(sample, tokenizer, chunk_size) for sample in batch_data_samples]
+    detector.lost_phrases.count(batch_data_samples, captions, lost_boxes=False)
+    return captions
 
 
 def detect(
@@ -143,6 +146,7 @@ def validate(detector: LoRAGroundingDINO, inputs: Tensor, samples: SampleList) -
     if annotations_follow_resize(runner_config()):
         truth = with_resized_boxes(samples)
     of_images = [caption for (caption,) in captions]
+    truth = without_lost(truth, of_images)
     detector.token_targets.attach(truth, of_images, head_inputs['text_token_mask'])
     losses = detector.bbox_head.loss(**head_inputs, batch_data_samples=truth)
     return [*samples, BaseDataElement(loss=losses)]

@@ -71,7 +71,7 @@ def _written_caption(sample: Any, tokenizer: CaptionTokenizer) -> Optional[Token
     """Returns the caption that the loader or somebody wrote; None where class names make it."""
     given = sample.get('caption_tokens')
     if given is None and sample.get('tokens_positive') is not None:
-        return tokenizer.from_text(sample.text, sample.tokens_positive)
+        return tokenizer.from_text(sample.text, sample.tokens_positive, drop_lost=True)
     return given if isinstance(given, TokenizedCaption) else None
 
 

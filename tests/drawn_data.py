@@ -1,4 +1,4 @@
-"""Draws small data sets in the formats of mmdet's own configs: one noisy picture, two boxes in it."""
+"""Draws small data sets in the formats of mmdet's own configs: a noisy picture with two boxes."""
 
 from __future__ import annotations
 

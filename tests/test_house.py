@@ -35,8 +35,9 @@ MAY_IMPORT = {
     # Whether its weights are adapted decides whether the text tower may remember.
     'text': {'errors', 'files', 'peft_layers', 'transfer'},
     'layers': {'errors', 'peft_layers', 'transfer'},
-    'datasets': {'errors', 'text'},
+    'datasets': {'checks', 'errors', 'text'},
     'samples': {'errors', 'text', 'transfer'},
+    'phrases': {'text'},
     # The runner's side: no model, no adapter.
     'checks': {'errors', 'text'},
     'engine': {'checks', 'errors', 'files', 'text'},
@@ -44,13 +45,14 @@ MAY_IMPORT = {
     'head': {'errors', 'objective', 'samples', 'text', 'transfer'},
     'retain': {'checks', 'errors', 'lora', 'objective', 'peft_layers', 'text', 'transfer'},
     'transformer': {'errors', 'layers', 'samples', 'text', 'transfer'},
-    'prediction': {'errors', 'engine', 'layers', 'samples', 'text'},
+    'prediction': {'errors', 'engine', 'layers', 'phrases', 'samples', 'text'},
     'detector': {
         'checks',
         'errors',
         'engine',
         'layers',
         'lora',
+        'phrases',
         'prediction',
         'retain',
         'samples',

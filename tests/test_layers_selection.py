@@ -106,7 +106,7 @@ def test_token_logits_equal_mmdet_without_its_padding_columns(cfg):
 
 def test_too_long_caption_is_said_in_words():
     _, ours = logits_pair(max_text_len=6)
-    with pytest.raises(ConfigError, match='7 tokens.*max_text_len=6'):
+    with pytest.raises(ConfigError, match='7 tokens.*max_text_len=6.*TokenSpans.max_tokens=6'):
         ours(torch.randn(1, 9, 16), torch.randn(1, 7, 16), torch.ones(1, 7, dtype=torch.bool))
 
 

@@ -236,3 +236,19 @@ def test_prompts_stay_with_their_classes_in_sampled_and_chunked_captions(text_di
         'green car. large. small bird .',
         'hot dog. star.',
     ]
+
+
+def test_the_remedy_for_a_caption_that_is_too_long_fits_what_is_done(text_dir: str) -> None:
+    tokenizer = CaptionTokenizer(text_dir, max_tokens=5)
+    names = ('red star', 'dog', 'cat')
+    with pytest.raises(ConfigError, match='in testing let model.test_cfg.chunked_size'):
+        tokenizer.from_names(names)
+    with pytest.raises(ConfigError, match='lost; use shorter names, for one image') as caught:
+        tokenizer.join(names, (0, 1, 2), sampled=True)
+    assert 'num_negatives' not in str(caught.value)
+    for made in (
+        lambda: tokenizer.in_chunks(['red hot dog star']),
+        lambda: tokenizer.from_names(['small red hot dog']),
+    ):
+        with pytest.raises(ConfigError, match='would be lost; shorten the name$'):
+            made()

@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 from mmdet_gdino_lora.checks.findings import Finding
+from mmdet_gdino_lora.checks.prompts import prompts_of
 from mmdet_gdino_lora.checks.words import share, some
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.text import CaptionTokenizer, prompted
 from mmdet_gdino_lora.text.caption import ClassName, as_prompt
 from mmdet_gdino_lora.text.files import is_at_hand
+from mmdet_gdino_lora.text.prompts import renamed
 
 _RENAME = (
-    "rename them, or give the model another word with the data set's caption_prompt="
-    "{<class>: dict(name='...')}"
+    "rename them, or give the model another word with TokenSpans(prompts={<class>: '...'}) or the "
+    "data set's caption_prompt={<class>: dict(name='...')}"
 )
 
 
@@ -26,11 +28,13 @@ class Reader(NamedTuple):
         text_model: Folder or name of the text model.
         max_tokens: Longest caption.
         samples: Whether the loader leaves names out of a caption that would be too long.
+        prompts: What the loader's captions say for some names.
     """
 
     text_model: str
     max_tokens: int
     samples: bool
+    prompts: Mapping[str, str]
 
 
 def reader_of(model: Mapping[str, Any], dataset: Mapping[str, Any]) -> Optional[Reader]:
@@ -52,7 +56,9 @@ def reader_of(model: Mapping[str, Any], dataset: Mapping[str, Any]) -> Optional[
             samples = step.get('num_negatives') is not None
         elif step.get('type') == 'RandomSamplingNegPos':
             samples = True
-    return Reader(name, most, samples) if isinstance(name, str) and is_at_hand(name) else None
+    if not isinstance(name, str) or not is_at_hand(name):
+        return None
+    return Reader(name, most, samples, prompts_of(dataset))
 
 
 def check_names(
@@ -79,7 +85,7 @@ def check_names(
         ConfigError: The text model has no vocabulary, or a name has nothing to tokenise.
     """
     tokenizer = CaptionTokenizer(reader.text_model, reader.max_tokens)
-    names = prompted(classes, prompts)
+    names = renamed(prompted(classes, prompts), reader.prompts)
     where = f'{key}.metainfo.classes'
     try:
         lengths = tokenizer.lengths(names)

@@ -9,9 +9,13 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 from mmdet.registry import TRANSFORMS
 
+from mmdet_gdino_lora.checks.findings import tell
+from mmdet_gdino_lora.checks.prompts import check_form, check_known
+from mmdet_gdino_lora.datasets.boxes import leave_out
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.text.cache import Memo
 from mmdet_gdino_lora.text.caption import ClassName, prompted, split_names
+from mmdet_gdino_lora.text.prompts import renamed
 from mmdet_gdino_lora.text.tokenizer import SPECIAL_TOKENS, CaptionTokenizer
 from mmdet_gdino_lora.text.tokens import TokenizedCaption
 
@@ -33,7 +37,7 @@ class TokenSpans(BaseTransform):
       a caption with ``phrases`` (``ODVGDataset`` without) or ``tokens_positive``; or, with
       ``custom_entities``, names joined by ``' . '`` or ``'. '``.
     - ``caption_prompt``: optional, mmdet's: what the caption says for some class names.
-    - ``gt_bboxes_labels``: only to sample negatives.
+    - ``gt_bboxes_labels``: to sample negatives, and to leave out boxes of phrases.
 
     Changed and added keys:
 
@@ -41,6 +45,8 @@ class TokenSpans(BaseTransform):
     - ``tokens_positive``: character spans [[begin, end], ...] per class, mmdet's own format, so
       that its ``GroundingDINO`` trains and predicts from them as well. A list over all classes or,
       where only some are in the caption, a dict by label. Labels stay as they are.
+    - ``phrases`` and every per-box annotation (``gt_bboxes``, ``gt_masks``, ...): without phrases
+      that the model can't see, see ``on_lost_phrase``.
     - ``caption_tokens``: the same in tokens, :class:`~mmdet_gdino_lora.text.TokenizedCaption`.
 
     The classes of a test pipeline may take more than one caption: ``caption_tokens`` is then a
@@ -56,6 +62,15 @@ class TokenSpans(BaseTransform):
             always named. Sampled captions are shuffled. Only for training: a caption that lacks a
             class can't detect it.
         special_tokens: Tokens that end a segment, the same as the detector's.
+        prompts: What the caption says for some category names, such as
+            ``{'cls_07': 'wheel bolt'}``. The names stay what they are for labels, metrics and
+            detections. Training and testing want the same. Where a data set has mmdet's
+            ``caption_prompt`` too, its prefix and suffix are kept around these words, and its own
+            ``name`` gives way to them.
+        on_lost_phrase: What is done with a phrase of a written caption that has no token there (a
+            span of white space), or one past ``max_tokens``. ``'drop'`` leaves it out with its
+            boxes, and the detector counts such phrases and warns of the first; ``'stop'`` ends the
+            run. Boxes of data that is measured by phrase (with ``phrase_ids``) always stay.
 
     Raises:
         ConfigError: No text model there; or, for an image, classes that don't fit, a class name
@@ -77,12 +92,21 @@ class TokenSpans(BaseTransform):
         max_tokens: int = 256,
         num_negatives: Union[int, str, None] = None,
         special_tokens: Sequence[str] = SPECIAL_TOKENS,
+        prompts: Optional[Mapping[str, str]] = None,
+        on_lost_phrase: str = 'drop',
     ) -> None:
         is_number = isinstance(num_negatives, int) and num_negatives >= 0
         if not (num_negatives is None or num_negatives == 'fit' or is_number):
             raise ConfigError(
                 f"TokenSpans: num_negatives={num_negatives!r} must be None, a number or 'fit'"
             )
+        if on_lost_phrase not in ('drop', 'stop'):
+            raise ConfigError(
+                f"TokenSpans: on_lost_phrase={on_lost_phrase!r} must be 'drop' or 'stop'"
+            )
+        tell(check_form('TokenSpans.prompts', {} if prompts is None else prompts))
+        self.prompts = dict(prompts or {})
+        self.on_lost_phrase = on_lost_phrase
         self.tokenizer_name = tokenizer_name
         self.num_negatives = num_negatives
         self.caption_tokenizer = CaptionTokenizer(tokenizer_name, max_tokens, special_tokens)
@@ -101,6 +125,8 @@ class TokenSpans(BaseTransform):
         if isinstance(caption, TokenizedCaption):
             results['text'] = caption.text
             results['tokens_positive'] = caption.tokens_positive
+            if caption.lost:
+                _leave_out_lost(results, caption)
         if caption is not None:
             results['caption_tokens'] = caption
         return results
@@ -110,19 +136,18 @@ class TokenSpans(BaseTransform):
     ) -> Union[TokenizedCaption, tuple[TokenizedCaption, ...], None]:
         text = results['text']
         if isinstance(text, str):
-            if results.get('phrases'):
-                spans = {k: v['tokens_positive'] for k, v in results['phrases'].items()}
-                in_order = list(spans) == list(range(len(spans)))
+            spans = _marked(results)
+            if spans is not None:
                 return self.caption_tokenizer.from_text(
-                    text, list(spans.values()) if in_order else spans
+                    text, spans, drop_lost=self.on_lost_phrase == 'drop'
                 )
-            spans = results.get('tokens_positive', -1)
-            if spans != -1 and spans is not None:
-                return self.caption_tokenizer.from_text(text, spans)
             if not results.get('custom_entities', False):
                 return None
             text = split_names(text)
-        vocabulary = self._vocabulary(text, results.get('caption_prompt'))
+        # Only a data set's names are all of them; a person may ask for others.
+        vocabulary = self._vocabulary(
+            text, results.get('caption_prompt'), is_complete='sample_idx' in results
+        )
         if self.num_negatives is not None:
             return self._sampled(vocabulary, results.get('gt_bboxes_labels', ()))
         names, labels = vocabulary.names, vocabulary.sparse_labels
@@ -134,15 +159,16 @@ class TokenSpans(BaseTransform):
         self,
         text: Union[Sequence[str], Mapping[Any, str]],
         caption_prompt: Optional[Mapping[str, Mapping[str, str]]],
+        is_complete: bool,
     ) -> _Vocabulary:
-        key: tuple[Optional[tuple], tuple]
-        if isinstance(text, Mapping):
-            key = (tuple(text), prompted(text.values(), caption_prompt))
-        else:
-            key = (None, prompted(text, caption_prompt))
+        given = tuple(text.values() if isinstance(text, Mapping) else text)
+        said = prompted(given, caption_prompt)
+        key = (tuple(text) if isinstance(text, Mapping) else None, said, is_complete)
         vocabulary = self._vocabularies.get(key)
         if vocabulary is None:
-            names = key[1]
+            if is_complete:
+                tell(check_known('TokenSpans.prompts', self.prompts, given))
+            names = renamed(said, self.prompts)
             labels = tuple(range(len(names)) if key[0] is None else map(int, key[0]))
             in_order = labels == tuple(range(len(names)))
             lengths = self.caption_tokenizer.lengths(names)
@@ -190,8 +216,28 @@ class TokenSpans(BaseTransform):
         return (
             f'{type(self).__name__}(tokenizer_name={self.tokenizer_name!r}, '
             f'max_tokens={self.caption_tokenizer.max_tokens}, '
-            f'num_negatives={self.num_negatives!r})'
+            f'num_negatives={self.num_negatives!r}, prompts={self.prompts!r}, '
+            f'on_lost_phrase={self.on_lost_phrase!r})'
         )
+
+
+def _marked(results: dict) -> Union[Sequence, Mapping[int, Sequence], None]:
+    """Returns the characters of the phrases that somebody marked in a caption, by label."""
+    phrases = results.get('phrases')
+    if isinstance(phrases, Mapping) and phrases:
+        spans = {label: phrase['tokens_positive'] for label, phrase in phrases.items()}
+        return list(spans.values()) if list(spans) == list(range(len(spans))) else spans
+    spans = results.get('tokens_positive', -1)
+    return None if spans == -1 else spans
+
+
+def _leave_out_lost(results: dict, caption: TokenizedCaption) -> None:
+    if 'phrase_ids' in results:  # labels are no phrases, and a metric counts what was missed
+        return
+    if isinstance(results.get('phrases'), Mapping):
+        kept = {k: v for k, v in results['phrases'].items() if int(k) not in caption.lost}
+        results['phrases'] = kept
+    leave_out(results, caption.lost)
 
 
 class _Vocabulary(NamedTuple):

@@ -23,6 +23,7 @@ from mmdet_gdino_lora.checks.evaluation_only import check_texts_arrive
 from mmdet_gdino_lora.checks.findings import Finding, tell
 from mmdet_gdino_lora.checks.folder import check_folder, check_latest, check_overwriting
 from mmdet_gdino_lora.checks.packages import check_packages
+from mmdet_gdino_lora.checks.prompts import asked_for, check_prompts, prompts_of
 from mmdet_gdino_lora.checks.resumed import check_resumed
 from mmdet_gdino_lora.checks.run import check_run
 from mmdet_gdino_lora.checks.walk import datasets_of, metrics_of
@@ -54,9 +55,13 @@ def check_config(cfg: Mapping[str, Any], stages: Sequence[str] = ('train', 'val'
     tell(check_packages(cfg, stages))
     for stage in stages:
         for key, dataset in datasets_of(f'{stage}_dataloader', cfg.get(f'{stage}_dataloader')):
+            prompts = prompts_of(dataset)
+            taught = prompts if stage == 'train' or 'train' not in stages else _taught(cfg)
+            if (prompts or taught) and _is_coco(dataset):
+                tell(check_prompts(key, prompts, _config_classes(key, dataset), taught))
             check_dataset(key, dataset, cfg.get('model') or {})
             if stage == 'train' and _is_coco(dataset):
-                _check_retain(cfg, key, _config_classes(key, dataset))
+                _check_retain(cfg, key, asked_for(dataset, _config_classes(key, dataset)))
         for key, metric in metrics_of(f'{stage}_evaluator', cfg.get(f'{stage}_evaluator')):
             if metric.get('ann_file'):
                 _need_file(f'{key}.ann_file', metric['ann_file'])
@@ -96,6 +101,12 @@ def _check_retain(cfg: Mapping[str, Any], key: str, classes: Sequence[str]) -> N
             f'model.retain.names holds {some(both)}, of the classes of {key}: the base would hold '
             'back what the data teaches; leave out of model.retain.names what is in the data'
         )
+
+
+def _taught(cfg: Mapping[str, Any]) -> dict[str, str]:
+    """What the captions of all training data say for category names."""
+    data = datasets_of('train_dataloader', cfg.get('train_dataloader'))
+    return {name: words for _, dataset in data for name, words in prompts_of(dataset).items()}
 
 
 def _as_prompted(name: str) -> str:

@@ -62,10 +62,15 @@ class TokenLogits(ContrastiveEmbed):
     def _logits(self, visual_feat: Tensor, text_feat: Tensor) -> Tensor:
         """Score as `forward` does, padding included: [B, Q, T]."""
         if text_feat.shape[1] > self.max_text_len:
+            remedy = (
+                f"let TokenSpans(max_tokens={self.max_text_len}, num_negatives='fit') sample them"
+                if self.training
+                else 'show fewer of them in a caption with model.test_cfg.chunked_size'
+            )
             raise ConfigError(
                 f'the caption has {text_feat.shape[1]} tokens, more than max_text_len='
-                f'{self.max_text_len} in bbox_head.contrastive_cfg: shorten the class names, use '
-                'fewer of them, or let TokenSpans sample negatives'
+                f'{self.max_text_len} in bbox_head.contrastive_cfg; shorten the class names, or '
+                f'{remedy}'
             )
         logits = visual_feat @ text_feat.transpose(-1, -2)
         if isinstance(self.log_scale, nn.Parameter):

@@ -7,6 +7,7 @@ together from them.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Optional, Union
 
@@ -25,7 +26,8 @@ from mmdet_gdino_lora.text.caption import (
     build_caption,
 )
 from mmdet_gdino_lora.text.files import load_tokenizer
-from mmdet_gdino_lora.text.tokens import CharSpans, TokenizedCaption, segments, shortened
+from mmdet_gdino_lora.text.phrases import char_spans, locate, lost_phrases, overlapping
+from mmdet_gdino_lora.text.tokens import CharSpans, TokenizedCaption, segments
 
 SPECIAL_TOKENS = ('[CLS]', '[SEP]', '.', '?')
 
@@ -134,33 +136,40 @@ class CaptionTokenizer:
         return caption
 
     def from_text(
-        self, text: str, tokens_positive: Union[Sequence, Mapping[int, Sequence]]
+        self,
+        text: str,
+        tokens_positive: Union[Sequence, Mapping[int, Sequence]],
+        drop_lost: bool = False,
     ) -> TokenizedCaption:
         """Tokenises a caption that somebody wrote, and finds every phrase in it.
 
-        A caption longer than ``max_tokens`` is cut, if no phrase is lost by that.
+        A caption longer than ``max_tokens`` is cut behind the last token that fits.
 
         Args:
             text: The caption. A dot is added at its end where there is none.
             tokens_positive: Per phrase (a sequence, or a dict by label), its character spans
                 [[begin, end], ...].
+            drop_lost: Whether phrases without a token in the caption, or with one past
+                ``max_tokens``, are left out and named in its ``lost``; else they are an error.
 
         Returns:
             The caption.
 
         Raises:
-            ConfigError: A phrase has no token in the caption or falls past ``max_tokens``.
+            ConfigError: A phrase is lost.
         """
         items = dict(
             tokens_positive.items()
             if isinstance(tokens_positive, Mapping)
             else enumerate(tokens_positive)
         )
-        spans = {int(label): _char_spans(phrase) for label, phrase in items.items()}
+        spans = {int(label): char_spans(phrase) for label, phrase in items.items()}
         key = (text, tuple(spans.items()), isinstance(tokens_positive, Mapping))
         caption = self._captions.get(key)
         if caption is None:
             caption = self._captions.add(key, self._locate(text, spans, not key[2]))
+        if caption.lost and not drop_lost:
+            raise lost_phrases(text, caption.lost, self.max_tokens)
         return caption
 
     def from_plain_text(self, text: str) -> TokenizedCaption:
@@ -205,15 +214,7 @@ class CaptionTokenizer:
             ids += piece.input_ids
         ids.append(self._sep_id)
         if len(ids) > self.max_tokens:
-            raise self._too_long(
-                [
-                    piece.prompt.class_name
-                    for piece, start in zip(pieces, starts)
-                    if start + len(piece.input_ids) >= self.max_tokens
-                ],
-                len(ids),
-                f'a caption of {len(names)} classes',
-            )
+            raise self._too_long(pieces, starts, sampled)
         caption = build_caption([piece.prompt for piece in pieces])
         token_spans = [
             tuple([start + token for token in piece.tokens]) for start, piece in zip(starts, pieces)
@@ -265,33 +266,12 @@ class CaptionTokenizer:
         if not text.endswith('.'):
             text += '.'
         ids, offsets = self._encode(text)
-        token_spans = {
-            # behind [CLS]
-            label: tuple([1 + token for token in _overlapping(offsets, phrase)])
-            for label, phrase in spans.items()
-        }
-        names = {
-            label: ' / '.join(text[begin:end] for begin, end in phrase)
-            for label, phrase in spans.items()
-        }
-        empty = [names[label] or str(label) for label, tokens in token_spans.items() if not tokens]
-        if empty:
-            raise ConfigError(
-                f'no token of the caption {shortened(text)!r} stands for {_listed(empty)}; its '
-                'tokens_positive have to be [begin, end) characters of the caption'
-            )
-        lost = [
-            names[label]
-            for label, tokens in token_spans.items()
-            if tokens[-1] > self.max_name_tokens
-        ]
-        if lost:
-            raise self._too_long(lost, len(ids) + 2, f'the caption {shortened(text)!r}')
-        ids = [self._cls_id, *ids[: self.max_name_tokens], self._sep_id]
-        labels = None if every_label else tuple(spans)
-        return self._caption(
-            text, ids, names.values(), spans.values(), token_spans.values(), labels
-        )
+        found = locate(text, offsets, spans, self.max_tokens)
+        ids = [self._cls_id, *ids[: found.num_tokens], self._sep_id]
+        labels = None if every_label and not found.lost else tuple(found.names)
+        per_class = [kept.values() for kept in (found.names, found.spans, found.tokens)]
+        caption = self._caption(found.text, ids, *per_class, labels)
+        return dataclasses.replace(caption, lost=found.lost) if found.lost else caption
 
     def _caption(
         self,
@@ -331,7 +311,7 @@ class CaptionTokenizer:
             prompt = as_prompt(name)
             caption = build_caption([prompt])
             ids, offsets = self._encode(caption.text)
-            tokens = _overlapping(offsets, caption.spans[0])
+            tokens = overlapping(offsets, caption.spans[0])
             if all(self._is_special[ids[token]] for token in tokens):
                 given = name if isinstance(name, str) else prompt.class_name
                 raise ConfigError(
@@ -349,11 +329,24 @@ class CaptionTokenizer:
         encoding = self._core.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
-    def _too_long(self, names: Sequence[str], num_tokens: int, what: str) -> ConfigError:
+    def _too_long(
+        self, pieces: Sequence[_Piece], starts: Sequence[int], sampled: bool
+    ) -> ConfigError:
+        ends = [start + len(piece.input_ids) for piece, start in zip(pieces, starts)]
+        lost = [p.prompt.class_name for p, end in zip(pieces, ends) if end >= self.max_tokens]
+        if len(pieces) == 1:
+            remedy = 'shorten the name'
+        elif sampled:
+            remedy = 'use shorter names, for one image has objects of all these classes'
+        else:
+            remedy = (
+                "use fewer or shorter names; or in training let TokenSpans(num_negatives='fit') "
+                'sample the names that an image lacks, and in testing let '
+                'model.test_cfg.chunked_size limit the names of a caption'
+            )
         return ConfigError(
-            f'{what} takes {num_tokens} tokens, more than max_tokens={self.max_tokens}, and '
-            f'{_listed(names)} would be lost; use fewer or shorter names, or sample negatives '
-            "down with TokenSpans(num_negatives='fit')"
+            f'a caption of {len(pieces)} classes takes {ends[-1] + 1} tokens, more than '
+            f'max_tokens={self.max_tokens}, and {_listed(lost)} would be lost; {remedy}'
         )
 
 
@@ -377,22 +370,6 @@ def special_token_ids(
         for token, id_ in zip(special_tokens, ids)
         if id_ is not None and (id_ != unknown or token == tokenizer.unk_token)
     )
-
-
-def _overlapping(offsets: Sequence[CharSpan], spans: Sequence[CharSpan]) -> tuple[int, ...]:
-    return tuple(
-        [
-            token
-            for token, (begin, end) in enumerate(offsets)
-            if any(begin < last and end > first for first, last in spans)
-        ]
-    )
-
-
-def _char_spans(phrase: Sequence) -> tuple[CharSpan, ...]:
-    if len(phrase) == 2 and not isinstance(phrase[0], Sequence):
-        phrase = [phrase]
-    return tuple((int(begin), int(end)) for begin, end in phrase)
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:

@@ -7,8 +7,8 @@ representation").
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 import numpy as np
@@ -28,7 +28,7 @@ class CharSpans(list):
         return self
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class TokenizedCaption:
     """A caption's tokens. Immutable, in numpy, made in the loader's workers.
 
@@ -44,6 +44,7 @@ class TokenizedCaption:
         made_of: Per class, the name or prompt that the caption was made of; None for a caption that
             somebody wrote.
         sampled: Whether classes were left out, so that it is for training alone.
+        lost: By label, phrases that it is without, for the model could not see them.
 
     What is said per class is a tuple over all classes (``tokens_positive``: a list); where only
     some classes are in the caption, it is a dict by class label.
@@ -58,6 +59,7 @@ class TokenizedCaption:
     tokens_positive: Union[CharSpans, Mapping[int, CharSpans]]
     made_of: Optional[PerClass] = None
     sampled: bool = False
+    lost: Mapping[int, Any] = dataclasses.field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict) -> TokenizedCaption:
         # mmengine copies every meta information of every image; nothing here ever changes.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from typing import Any, Callable
 
@@ -57,6 +58,20 @@ def without_token_spans(case: Case) -> None:
     case.data.pipeline = [s for s in case.data.pipeline if s['type'] != 'TokenSpans']
 
 
+def prompts(case: Case, *names: str, stages: tuple = ('train', 'val'), **words: str) -> None:
+    if names:
+        named(*names)(case)
+        case.cfg.val_dataloader.dataset.metainfo = dict(classes=names)
+        val = case.root / 'annotations/val.json'
+        content = json.loads(val.read_text())
+        content['categories'] = case.file['categories']
+        val.write_text(json.dumps(content))
+    for stage in stages:
+        for step in case.cfg[f'{stage}_dataloader'].dataset.pipeline:
+            if step['type'] == 'TokenSpans':
+                step['prompts'] = words
+
+
 KEY = 'train_dataloader.dataset.metainfo.classes'
 #: As in test_data.py; the vocabulary has a few words and the letters.
 TABLE = {
@@ -92,6 +107,38 @@ def test_a_prompt_may_say_what_the_name_can_not(case: Case) -> None:
     named('red 浣', 'no. 1', 'dog')(case)
     case.data.caption_prompt = {'red 浣': dict(name='red cat'), 'no. 1': dict(name='star')}
     assert case.check() == ([], None)
+
+
+def test_token_spans_prompts_are_what_is_read_of_a_name(case: Case) -> None:
+    prompts(case, 'cls_a', 'cls_b', 'dog', cls_a='red cat', cls_b='star')
+    assert case.check() == ([], None)
+    prompts(case, cls_a='red cat', cls_b='red cat')
+    warned, error = case.check()
+    assert "'cls_a', 'cls_b' are all read as 'red cat'" in (error or warned[0])
+
+
+def test_prompts_that_no_category_has_are_told_with_the_nearest(case: Case) -> None:
+    prompts(case, 'cls_a', 'dog', 'cat', clsa='red cat')
+    case.expect(
+        "TokenSpans.prompts of train_dataloader.dataset has words for 'clsa', of which the data "
+        "set has no category; did you mean 'cls_a'?",
+        STOPS,
+    )
+
+
+def test_testing_with_other_prompts_than_those_taught_is_told(case: Case) -> None:
+    prompts(case, 'red cat', 'dog', 'car', stages=('train',), dog='star')
+    case.expect(
+        "TokenSpans.prompts of val_dataloader.dataset says 'dog' for 'dog', which training is to "
+        "teach as 'star'...same prompts in all pipelines",
+        GOES_ON,
+    )
+
+
+def test_what_retain_holds_is_compared_with_the_words(case: Case) -> None:
+    prompts(case, 'cls_a', 'dog', 'car', cls_a='Red Cat')
+    case.cfg.model.retain = dict(names=['red cat'])
+    case.expect("model.retain.names holds 'Red Cat', of the classes of", STOPS)
 
 
 def test_a_text_model_on_the_hub_is_left_alone(case: Case) -> None:

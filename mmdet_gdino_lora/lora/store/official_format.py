@@ -30,6 +30,40 @@ MAX_TEXT_LEN = 256
 _DECODER = 'transformer.decoder.'
 
 
+# What the release's code asks for and no detector here changes.
+_FIXED = dict(
+    position_embedding='sine',
+    backbone_freeze_keywords=None,
+    pre_norm=False,
+    dropout=0.0,
+    query_dim=4,
+    num_patterns=0,
+    two_stage_type='standard',
+    two_stage_bbox_embed_share=False,
+    two_stage_class_embed_share=False,
+    transformer_activation='relu',
+    dec_pred_bbox_embed_share=False,
+    dn_box_noise_scale=1.0,
+    dn_label_noise_ratio=0.5,
+    dn_label_coef=1.0,
+    dn_bbox_coef=1.0,
+    embed_init_tgt=True,
+    dn_labelbook_size=2000,
+    max_text_len=MAX_TEXT_LEN,
+    use_text_enhancer=True,
+    use_fusion_layer=True,
+    use_checkpoint=False,
+    use_transformer_ckpt=False,
+    use_text_cross_attention=True,
+    text_dropout=0.0,
+    fusion_dropout=0.0,
+    fusion_droppath=0.0,
+    sub_sentence_present=True,
+    batch_size=1,
+    modelname='groundingdino',
+)
+
+
 def config_path(path: str) -> str:
     """Names the config that is written beside a checkpoint.
 
@@ -81,7 +115,7 @@ def official_config(detector: GroundingDINO) -> dict[str, Any]:
         detector: Says how the weights are used.
 
     Returns:
-        Settings by name, in the order of the release's files.
+        Settings by name.
 
     Raises:
         ConfigError: If the release's code can't build this detector.
@@ -89,6 +123,29 @@ def official_config(detector: GroundingDINO) -> dict[str, Any]:
     name = _backbone_name(detector)
     _check_head(detector)
     check_proportions(detector, OFFICIAL)
+    _check_shared_numbers(detector)
+    encoder, decoder = detector.encoder.layers[0], detector.decoder.layers[0]
+    positions = detector.positional_encoding
+    return dict(
+        backbone=name,
+        pe_temperatureH=positions.temperature,
+        pe_temperatureW=positions.temperature,
+        return_interm_indices=list(detector.backbone.out_indices),
+        enc_layers=detector.encoder.num_layers,
+        dec_layers=detector.decoder.num_layers,
+        dim_feedforward=encoder.ffn.feedforward_channels,
+        hidden_dim=detector.embed_dims,
+        nheads=encoder.self_attn.num_heads,
+        num_queries=detector.num_queries,
+        num_feature_levels=detector.num_feature_levels,
+        enc_n_points=encoder.self_attn.num_points,
+        dec_n_points=decoder.cross_attn.num_points,
+        text_encoder_type=detector.language_model.name,
+        **_FIXED,
+    )
+
+
+def _check_shared_numbers(detector: GroundingDINO) -> None:
     encoder, decoder = detector.encoder.layers[0], detector.decoder.layers[0]
     for what, theirs, ours in (
         ('feed-forward width', encoder.ffn, decoder.ffn),
@@ -109,51 +166,6 @@ def official_config(detector: GroundingDINO) -> dict[str, Any]:
             f'offset={positions.offset}, and the code there computes True and 0; write '
             '--format mmdet.'
         )
-    return dict(
-        batch_size=1,
-        modelname='groundingdino',
-        backbone=name,
-        position_embedding='sine',
-        pe_temperatureH=positions.temperature,
-        pe_temperatureW=positions.temperature,
-        return_interm_indices=list(detector.backbone.out_indices),
-        backbone_freeze_keywords=None,
-        enc_layers=detector.encoder.num_layers,
-        dec_layers=detector.decoder.num_layers,
-        pre_norm=False,
-        dim_feedforward=encoder.ffn.feedforward_channels,
-        hidden_dim=detector.embed_dims,
-        dropout=0.0,
-        nheads=encoder.self_attn.num_heads,
-        num_queries=detector.num_queries,
-        query_dim=4,
-        num_patterns=0,
-        num_feature_levels=detector.num_feature_levels,
-        enc_n_points=encoder.self_attn.num_points,
-        dec_n_points=decoder.cross_attn.num_points,
-        two_stage_type='standard',
-        two_stage_bbox_embed_share=False,
-        two_stage_class_embed_share=False,
-        transformer_activation='relu',
-        dec_pred_bbox_embed_share=False,
-        dn_box_noise_scale=1.0,
-        dn_label_noise_ratio=0.5,
-        dn_label_coef=1.0,
-        dn_bbox_coef=1.0,
-        embed_init_tgt=True,
-        dn_labelbook_size=2000,
-        max_text_len=MAX_TEXT_LEN,
-        text_encoder_type=detector.language_model.name,
-        use_text_enhancer=True,
-        use_fusion_layer=True,
-        use_checkpoint=False,
-        use_transformer_ckpt=False,
-        use_text_cross_attention=True,
-        text_dropout=0.0,
-        fusion_dropout=0.0,
-        fusion_droppath=0.0,
-        sub_sentence_present=True,
-    )
 
 
 def _backbone_name(detector: GroundingDINO) -> str:
