@@ -159,7 +159,7 @@ def _lacks_truth(samples: SampleList, captions: Sequence[TokenizedCaption]) -> s
             return 'Images of the validation data have no labels (an unlabelled or test set)'
         if 'phrase_ids' in sample:
             return 'Labels of the validation data are not those of the phrases (Flickr30k entities)'
-        named = {-1, *caption.labels}
+        named = {-1, *caption.labels, *caption.lost}
         missing = [n for n in sample.gt_instances.labels.tolist() if n not in named]
         if missing:
             where = sample.get('img_path', '')

@@ -269,8 +269,8 @@ class CaptionTokenizer:
         found = locate(text, offsets, spans, self.max_tokens)
         ids = [self._cls_id, *ids[: found.num_tokens], self._sep_id]
         labels = None if every_label and not found.lost else tuple(found.names)
-        per_class = [kept.values() for kept in (found.names, found.spans, found.tokens)]
-        caption = self._caption(found.text, ids, *per_class, labels)
+        names, kept, tokens = found.names.values(), found.spans.values(), found.tokens.values()
+        caption = self._caption(found.text, ids, names, kept, tokens, labels)
         return dataclasses.replace(caption, lost=found.lost) if found.lost else caption
 
     def _caption(
