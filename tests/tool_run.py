@@ -72,6 +72,7 @@ def small(cfg: Config) -> Config:
     cfg.model_wrapper_cfg = ON_CPU
     cfg.env_cfg.dist_cfg.backend = 'gloo'
     cfg.env_cfg.mp_cfg.mp_start_method = 'fork'
+    cfg.randomness = dict(seed=0)
     cfg.train_cfg.update(max_epochs=1, val_interval=1)
     cfg.default_hooks.logger.interval = 1
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
