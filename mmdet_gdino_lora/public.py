@@ -18,10 +18,12 @@ from mmdet_gdino_lora.files.loaders import register_loaders  # noqa: E402
 from mmdet_gdino_lora.head import GroundingDINOCriterionHead  # noqa: E402
 from mmdet_gdino_lora.objective import BoxGIoUCost, BoxL1Cost, TokenFocalCost  # noqa: E402
 from mmdet_gdino_lora.objective.criterion import GroundingDINOCriterion, build_criterion  # noqa: E402
+from mmdet_gdino_lora.shipped import config_path, tell_mmengine  # noqa: E402
 from mmdet_gdino_lora.text import GroundingTextEncoder  # noqa: E402
 
 register_loaders()
 mend_lvis()
+tell_mmengine()
 
 __all__ = [
     'AdapterCheckpointHook',
@@ -38,4 +40,5 @@ __all__ = [
     'TokenFocalCost',
     'TokenSpans',
     'build_criterion',
+    'config_path',
 ]

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     'errors': set(),
     'environment': {'errors'},
     'start': set(),
-    'shipped': set(),
+    'shipped': {'errors'},
     'transfer': {'errors'},
     'files': {'errors'},
     # Plain tensors: no model, no text, no files.

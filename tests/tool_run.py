@@ -65,7 +65,7 @@ def small(cfg: Config) -> Config:
     cfg.model.backbone.update(
         embed_dims=12, depths=[1, 1, 2, 1], num_heads=[1, 2, 3, 4], with_cp=False, init_cfg=None
     )
-    cfg.model.neck.in_channels = [24, 48, 96]
+    cfg.model.neck.in_channels = [12 * 2**stage for stage in cfg.model.backbone.out_indices]
     cfg.model.encoder.update(num_layers=1, num_cp=0)
     cfg.model.decoder.num_layers = 2
     cfg.model.test_cfg.max_per_img = 20
@@ -77,7 +77,10 @@ def small(cfg: Config) -> Config:
     cfg.default_hooks.logger.interval = 1
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         cfg[name].update(batch_size=1, num_workers=0, persistent_workers=False)
-        cfg[name].dataset.pipeline = list(map(_small_transform, cfg[name].dataset.pipeline))
+        dataset = cfg[name].dataset
+        while 'dataset' in dataset:  # wrapped
+            dataset = dataset.dataset
+        dataset.pipeline = list(map(_small_transform, dataset.pipeline))
     return cfg
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
 from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.shipped import names, typed_config
 from mmdet_gdino_lora.start import load
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def parser(description: str) -> argparse.ArgumentParser:
         Parser with ``config``, ``--work-dir``, ``--cfg-options`` and ``--launcher``.
     """
     result = argparse.ArgumentParser(description=description)
-    result.add_argument('config', help='config file')
+    result.add_argument('config', help='config file, or the name of one of ours: gdino_lora_coco')
     result.add_argument(
         '--work-dir',
         help='folder for logs and checkpoints; default: work_dirs/ and the config name',
@@ -152,6 +153,7 @@ def read_config(
     from mmdet.utils import setup_cache_size_limit_of_dynamo
 
     setup_cache_size_limit_of_dynamo()
+    path = typed_config(path)
     cfg = config_file(path)
     cfg.launcher = launcher
     try:
@@ -182,7 +184,10 @@ def config_file(path: str) -> Config:
     try:
         return Config.fromfile(path)
     except FileNotFoundError as error:
-        raise ConfigError(f'config {path!r}: {error}; give the path of a config file') from error
+        raise ConfigError(
+            f'config {path!r}: {error}; give the path of a config file, or the '
+            f'name of one of ours: {", ".join(names())}'
+        ) from error
     except SyntaxError as error:
         found = error if error.lineno else error.__context__  # mmengine's own is of words alone
         line, says = getattr(found, 'lineno', '?'), getattr(found, 'msg', error)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import dataclasses
 import io
 import logging
 import os
@@ -19,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
 from mmdet_gdino_lora.commands.common import build_runner, read_arguments, read_config
-from mmdet_gdino_lora.shipped import shipped_config
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mmengine.runner import Runner
 
 WORK_DIR = 'work_dirs/demo'
+#: Images of each split with --quick.
+QUICK = 8
 START = time.time()
 
 
@@ -37,15 +39,24 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         argv: Arguments; None: the process's own.
     """
     arguments = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    read_arguments(arguments, argv)
+    arguments.add_argument(
+        '--quick',
+        action='store_true',
+        help='a few images and iterations: whether everything runs; the numbers say nothing then',
+    )
+    args = read_arguments(arguments, argv)
     say('starting')
-    cfg = read_config(shipped_config('gdino_lora_shapes.py'), work_dir=WORK_DIR)
+    cfg = read_config('gdino_lora_shapes', work_dir=WORK_DIR)
 
     from mmdet_gdino_lora.datasets.shapes import BASE_CLASSES, NEW_CLASSES, SPLITS, write_shapes
     from mmdet_gdino_lora.engine.preflight import check_config
 
     say('data: coloured shapes on cluttered backgrounds, drawn here')
-    write_shapes(cfg.data_root, splits={k: v for k, v in SPLITS.items() if k != 'base_train'})
+    splits = {k: v for k, v in SPLITS.items() if k != 'base_train'}
+    if args.quick:
+        splits = {name: dataclasses.replace(split, images=QUICK) for name, split in splits.items()}
+        cfg.train_cfg.max_epochs = 1
+    write_shapes(cfg.data_root, splits=splits)
     check_config(cfg)
     # Both sets are measured here, in place of the runner's validation on one of them.
     validation = {key: cfg.pop(key) for key in ('val_dataloader', 'val_evaluator', 'val_cfg')}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from mmdet_gdino_lora.commands.common import config_file, load_source, read_arguments, read_source
 from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.shipped import typed_config
 
 if TYPE_CHECKING:
     from mmcv.transforms import Compose
@@ -39,14 +40,15 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if not names:
         raise ConfigError(f'--texts {args.texts!r} names nothing; write "red star . dog"')
     tell(check_texts('--texts', args.texts, names))
-    for what, path in dict(config=args.config, image=args.image).items():
+    config = typed_config(args.config)
+    for what, path in dict(config=config, image=args.image).items():
         if not os.path.isfile(path):
             raise ConfigError(f'{what} {path!r}: no such file')
     image = cv2.imread(args.image)
     if image is None:
         raise ConfigError(f'image {args.image!r} is not an image that OpenCV can read')
 
-    detector, pipeline = load(config_file(args.config), args.checkpoint, args.device)
+    detector, pipeline = load(config_file(config), args.checkpoint, args.device)
     if args.adapter:
         switch(detector, args.adapter)
     found = detect(detector, pipeline, args.image, names)

@@ -22,6 +22,8 @@ from mmdet_gdino_lora.lora.tensors import LABEL_EMBEDDING, plain_tensors
 _FOLDER_FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin')
 # Buffers that files may have or lack: counters, and index tables that every constructor makes anew.
 _OPTIONAL_ENDINGS = ('num_batches_tracked', 'position_ids', 'relative_position_index')
+# What LLMDet's own files hold beside the detector: the language model that taught it.
+_LLMDET = ('lmm.', 'connector.', 'region_connector.', 'image_seperate.', 'ref_point_head.')
 
 
 def load_base(detector: nn.Module, source: str) -> Base:
@@ -209,6 +211,8 @@ def _check_names(
 
 
 def _counts(name: str) -> bool:
+    if name.startswith(_LLMDET):
+        return False
     return not name.endswith(_OPTIONAL_ENDINGS) and '.pooler.' not in name
 
 
