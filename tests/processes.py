@@ -9,7 +9,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,18 @@ def in_new_processes(work: Callable, *arguments: Any, count: int = 1) -> None:
     Raises:
         torch.multiprocessing.ProcessException: One of them failed or was killed.
     """
+    with importing_from_the_checkout():
+        start_processes(_work, (work, arguments), nprocs=count, start_method='forkserver')
+
+
+@contextmanager
+def importing_from_the_checkout() -> Iterator[None]:
+    """Lets the server, which starts when it is first needed, import from this checkout."""
     before, path = os.getcwd(), os.environ.get('PYTHONPATH')
     try:
-        # The server imports from the checkout when it is first needed.
         os.chdir(ROOT)
         os.environ['PYTHONPATH'] = str(ROOT)
-        start_processes(_work, (work, arguments), nprocs=count, start_method='forkserver')
+        yield
     finally:
         os.chdir(before)
         os.environ.pop('PYTHONPATH')

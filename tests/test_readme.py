@@ -68,7 +68,7 @@ def its_help(things: Things, command: str) -> None:
 
 
 def launcher(things: Things, command: str) -> None:
-    """Its command line: tests/test_tools.py runs it whole."""
+    """Its command line: tests/test_launchers.py runs it whole."""
     bash, script, *arguments = shlex.split(command)
     (things.folder / 'bin').mkdir(exist_ok=True)
     python = things.folder / 'bin/python'
