@@ -20,6 +20,7 @@ from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
 from torch import Tensor
 
+from mmdet_gdino_lora.changes import as_text, changes, is_two_lines
 from mmdet_gdino_lora.checks.arguments import unknown_arguments
 from mmdet_gdino_lora.checks.evaluation_only import check_texts_arrive
 from mmdet_gdino_lora.checks.findings import tell
@@ -297,10 +298,14 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         return losses
 
     def _tell_learning_rates(self) -> None:
-        """Says once what the config's multipliers do to adapters, without a hook in the config."""
+        """Says once what becomes of the run's config here, without a hook in it."""
         if not self.training or self._rates_told:
             return
         self._rates_told = True
+        if is_two_lines(runner_config()):
+            MMLogger.get_current_instance().info(
+                'What two lines change of this config:\n%s', as_text(changes(self, runner_config()))
+            )
         trained = [name for name, p in self.named_parameters() if p.requires_grad]
         phrases = multiplied_rates(runner_config(), trained)
         if phrases:

@@ -26,6 +26,10 @@ def _sentence(message: str) -> str:
     return message.rpartition(f'\n{begin}')[2].strip()
 
 
+class NoWordError(ConfigError):
+    """A class name that no token can stand for."""
+
+
 class NonFiniteError(ConfigError):
     """Numbers of a training step that are NaN or infinite.
 

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from mmdet.structures import SampleList
 from torch import Tensor
 
-from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.errors import ConfigError, NoWordError
 from mmdet_gdino_lora.text import CaptionTokenizer, TokenizedCaption, prompted, split_names
 from mmdet_gdino_lora.text.caption import ClassName
+from mmdet_gdino_lora.text.readable import readable
 
 
 def caption_of(sample: Any, tokenizer: CaptionTokenizer) -> TokenizedCaption:
@@ -33,7 +34,10 @@ def caption_of(sample: Any, tokenizer: CaptionTokenizer) -> TokenizedCaption:
     caption = _written_caption(sample, tokenizer)
     if caption is not None:
         return caption
-    return tokenizer.from_names(*_classes(sample))
+    try:
+        return tokenizer.from_names(*_classes(sample))
+    except NoWordError as error:
+        raise ConfigError(f'{sample.get("img_path", "an image")}: {error}') from error
 
 
 def captions_of(
@@ -57,7 +61,12 @@ def captions_of(
         return given
     caption = _written_caption(sample, tokenizer)
     if caption is None or (chunk_size and caption.made_of is not None and not caption.sampled):
-        return tokenizer.in_chunks(*_classes(sample), chunk_size=chunk_size)
+        names, labels = _classes(sample)
+        places = readable(tokenizer, names, sample.get('img_path', ''))
+        if len(places) < len(names):
+            labels = [place if labels is None else labels[place] for place in places]
+            names = [names[place] for place in places]
+        return tokenizer.in_chunks(names, labels, chunk_size=chunk_size)
     if caption.sampled:
         raise ConfigError(
             'TokenSpans.num_negatives is set in the test pipeline, so that captions lack classes, '

@@ -34,6 +34,17 @@ def _read(name: str) -> Config:
     return Config.fromfile(str(FOLDER / name))
 
 
+def two_line_config(name: str) -> Config:
+    """An installed config with the two lines.
+
+    Args:
+        name: As :func:`installed` has it.
+    """
+    cfg = Config(_plain(_read(name)))
+    cfg.merge_from_dict(TWO_LINES)
+    return cfg
+
+
 def small_config(name: str, text_dir: str, drawer: Drawer) -> Config:
     """An installed config with the two lines, a small model and drawn data of its data sets' types.
 
@@ -46,15 +57,17 @@ def small_config(name: str, text_dir: str, drawer: Drawer) -> Config:
         The config; of its wrappers, pipelines, metrics, losses and optimizer nothing is changed but
         sizes and paths.
     """
-    cfg = Config(_plain(_read(name)))
-    cfg.merge_from_dict(TWO_LINES)
+    cfg = two_line_config(name)
     _shrink_model(cfg.model, text_dir)
-    for key in LOADERS:
+    same = cfg.test_dataloader == cfg.val_dataloader and cfg.test_evaluator == cfg.val_evaluator
+    for key in LOADERS[:2] if same else LOADERS:
         if cfg.get(key):
             files = drawer.draw(cfg[key].dataset)
             cfg[key].update(num_workers=0, persistent_workers=False)
             _shrink_pipelines(cfg[key].dataset, text_dir)
             _meet(cfg.get(key.replace('dataloader', 'evaluator')), files)
+    if same:
+        cfg.test_dataloader, cfg.test_evaluator = cfg.val_dataloader, cfg.val_evaluator
     cfg.pop('load_from', None)
     return cfg
 

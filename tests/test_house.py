@@ -46,7 +46,10 @@ MAY_IMPORT = {
     'retain': {'checks', 'errors', 'lora', 'objective', 'peft_layers', 'text', 'transfer'},
     'transformer': {'errors', 'layers', 'samples', 'text', 'transfer'},
     'prediction': {'errors', 'engine', 'layers', 'phrases', 'samples', 'text'},
+    'evaluation': {'errors'},
+    'changes': {'engine', 'errors', 'head', 'lora'},
     'detector': {
+        'changes',
         'checks',
         'errors',
         'engine',
@@ -59,7 +62,6 @@ MAY_IMPORT = {
         'text',
         'transformer',
     },
-    'evaluation': set(),
     'export': {'engine', 'errors', 'layers', 'text', 'transformer'},
     # People's: nobody imports from there.
     'commands': {

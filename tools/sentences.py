@@ -21,7 +21,7 @@ INTRO = """
 Written by `python tools/sentences.py`. Words in capitals and `...` stand for a file, a key, a value
 or a number. What stops a run is under errors; what is told while it goes on, under warnings.
 """
-ERRORS = ('ConfigError', 'DiskFullError', 'NonFiniteError')
+ERRORS = ('ConfigError', 'DiskFullError', 'NonFiniteError', 'NoWordError')
 WARNINGS = ('warning', 'warn')
 
 

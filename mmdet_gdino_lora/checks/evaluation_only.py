@@ -38,6 +38,8 @@ def check_texts_arrive(cfg: Mapping[str, Any]) -> Iterator[Finding]:
     Yields:
         What was found, of the first such data set.
     """
+    if 'language_model' not in (cfg.get('model') or {}):
+        return
     for key, dataset in datasets_of('train_dataloader', cfg.get('train_dataloader')):
         for step in dataset.get('pipeline') or ():
             kind = str(getattr(step.get('type'), '__name__', step.get('type'))).rpartition('.')[2]

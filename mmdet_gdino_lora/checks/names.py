@@ -14,6 +14,7 @@ from mmdet_gdino_lora.text import CaptionTokenizer, prompted
 from mmdet_gdino_lora.text.caption import ClassName, as_prompt
 from mmdet_gdino_lora.text.files import is_at_hand
 from mmdet_gdino_lora.text.prompts import renamed
+from mmdet_gdino_lora.text.readable import readable
 
 _RENAME = (
     "rename them, or give the model another word with TokenSpans(prompts={<class>: '...'}) or the "
@@ -82,16 +83,19 @@ def check_names(
         same to the model.
 
     Raises:
-        ConfigError: The text model has no vocabulary, or a name has nothing to tokenise.
+        ConfigError: The text model has no vocabulary, or a name to train has nothing to tokenise.
     """
     tokenizer = CaptionTokenizer(reader.text_model, reader.max_tokens)
     names = renamed(prompted(classes, prompts), reader.prompts)
     where = f'{key}.metainfo.classes'
+    found = []
     try:
+        places = range(len(names)) if trains else readable(tokenizer, names, where)
+        classes = [classes[place] for place in places]
+        names = tuple(names[place] for place in places)
         lengths = tokenizer.lengths(names)
     except ConfigError as error:
         raise ConfigError(f'{where}: {error}') from error
-    found = []
     total = int(lengths.sum())
     if trains and not reader.samples and total > tokenizer.max_name_tokens:
         found.append(

@@ -16,6 +16,7 @@ from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.text.cache import Memo
 from mmdet_gdino_lora.text.caption import ClassName, prompted, split_names
 from mmdet_gdino_lora.text.prompts import renamed
+from mmdet_gdino_lora.text.readable import readable
 from mmdet_gdino_lora.text.tokenizer import SPECIAL_TOKENS, CaptionTokenizer
 from mmdet_gdino_lora.text.tokens import TokenizedCaption
 
@@ -146,7 +147,10 @@ class TokenSpans(BaseTransform):
             text = split_names(text)
         # Only a data set's names are all of them; a person may ask for others.
         vocabulary = self._vocabulary(
-            text, results.get('caption_prompt'), is_complete='sample_idx' in results
+            text,
+            results.get('caption_prompt'),
+            is_complete='sample_idx' in results,
+            where=results.get('img_path', ''),
         )
         if self.num_negatives is not None:
             return self._sampled(vocabulary, results.get('gt_bboxes_labels', ()))
@@ -160,6 +164,7 @@ class TokenSpans(BaseTransform):
         text: Union[Sequence[str], Mapping[Any, str]],
         caption_prompt: Optional[Mapping[str, Mapping[str, str]]],
         is_complete: bool,
+        where: str,
     ) -> _Vocabulary:
         given = tuple(text.values() if isinstance(text, Mapping) else text)
         said = prompted(given, caption_prompt)
@@ -170,6 +175,8 @@ class TokenSpans(BaseTransform):
                 tell(check_known('TokenSpans.prompts', self.prompts, given))
             names = renamed(said, self.prompts)
             labels = tuple(range(len(names)) if key[0] is None else map(int, key[0]))
+            places = readable(self.caption_tokenizer, names, where)
+            names, labels = tuple(names[p] for p in places), tuple(labels[p] for p in places)
             in_order = labels == tuple(range(len(names)))
             lengths = self.caption_tokenizer.lengths(names)
             vocabulary = self._vocabularies.add(

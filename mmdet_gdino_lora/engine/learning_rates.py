@@ -4,7 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Optional
+
+
+def rate_of(config: Mapping[str, Any], name: str) -> Optional[float]:
+    """Says how fast a parameter learns at first.
+
+    Args:
+        config: A run's config.
+        name: Of the parameter.
+
+    Returns:
+        The optimizer's learning rate times the multiplier of the longest key that the name holds;
+        None where the config has no optimizer.
+    """
+    wrapper = config.get('optim_wrapper') or {}
+    rate = (wrapper.get('optimizer') or {}).get('lr')
+    if not isinstance(rate, (int, float)):
+        return None
+    keys = (wrapper.get('paramwise_cfg') or {}).get('custom_keys') or {}
+    key = next((k for k in sorted(sorted(keys), key=len, reverse=True) if k in name), None)
+    return float(rate) * (1.0 if key is None else keys[key].get('lr_mult', 1.0))
 
 
 def multiplied_rates(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.errors import ConfigError, NoWordError
 from mmdet_gdino_lora.text.cache import Memo
 from mmdet_gdino_lora.text.caption import (
     SEPARATOR,
@@ -314,7 +314,7 @@ class CaptionTokenizer:
             tokens = overlapping(offsets, caption.spans[0])
             if all(self._is_special[ids[token]] for token in tokens):
                 given = name if isinstance(name, str) else prompt.class_name
-                raise ConfigError(
+                raise NoWordError(
                     f'class name {given!r} has no word in it after cleaning ({prompt.name!r}), so '
                     'no token can stand for it; rename the class'
                 )
