@@ -26,6 +26,7 @@ from mmdet_gdino_lora.checks.evaluation_only import check_texts_arrive
 from mmdet_gdino_lora.checks.findings import tell
 from mmdet_gdino_lora.engine.learning_rates import multiplied_rates
 from mmdet_gdino_lora.engine.runner_config import checkpoint_at_start, runner_config
+from mmdet_gdino_lora.engine.unfit import check_fit
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.layers import precision
 from mmdet_gdino_lora.layers.exchange import exchange_layers
@@ -133,7 +134,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
                     'model.lora as well.'
                 )
             self.retention = Retention.from_config(self.language_model.caption_tokenizer, retain)
-        self._check_adapters = check_adapters and lora is not None
+        self.check_adapters = check_adapters and lora is not None
         self._gradient_check: Optional[GradientCheck] = None
         self._boxes_in_last_step = 0
         self._rates_told = lora is None
@@ -242,7 +243,12 @@ class LoRAGroundingDINO(LeanGroundingDINO):
 
         Returns:
             The detector.
+
+        Raises:
+            ConfigError: The run is one that compiles or spreads the whole model.
         """
+        if mode:
+            check_fit(runner_config())  # the last that a run does before it compiles
         super().train(mode)
         set_frozen_eval(self)
         return self
@@ -319,7 +325,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
     def _watch_gradients(self, batch_data_samples: SampleList) -> None:
         # Runners of several GPUs never call this detector's train_step, so that a step is known to
         # be over when the next one begins.
-        if not (self._check_adapters and self.training and torch.is_grad_enabled()):
+        if not (self.check_adapters and self.training and torch.is_grad_enabled()):
             return
         if self._gradient_check is None:
             self._gradient_check = GradientCheck(self)

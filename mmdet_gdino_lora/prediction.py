@@ -109,7 +109,9 @@ def _best(found: Sequence[InstanceData], most: int) -> InstanceData:
 
 
 def _add_label_names(instances: InstanceData, captions: Captions) -> None:
-    names = {label: caption.names[label] for caption in captions for label in caption.labels}
+    names = {
+        label: caption.names[label].strip() for caption in captions for label in caption.labels
+    }
     instances.label_names = [names[label] for label in instances.labels.tolist()]
 
 

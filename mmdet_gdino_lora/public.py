@@ -11,6 +11,7 @@ from mmdet_gdino_lora.detector import LoRAGroundingDINO  # noqa: E402
 from mmdet_gdino_lora.engine.checkpoint_hook import AdapterCheckpointHook  # noqa: E402
 from mmdet_gdino_lora.engine.compile_hook import CompileHook  # noqa: E402
 from mmdet_gdino_lora.engine.nonfinite_hook import NonFiniteHook  # noqa: E402
+from mmdet_gdino_lora.engine.optimizer import FrozenBaseConstructor  # noqa: E402
 from mmdet_gdino_lora.engine.preempt_hook import PreemptHook  # noqa: E402
 from mmdet_gdino_lora.engine.seed_hook import ResumableSeedHook  # noqa: E402
 from mmdet_gdino_lora.evaluation.lvis import mend_lvis  # noqa: E402
@@ -30,6 +31,7 @@ __all__ = [
     'BoxGIoUCost',
     'BoxL1Cost',
     'CompileHook',
+    'FrozenBaseConstructor',
     'GroundingDINOCriterion',
     'GroundingDINOCriterionHead',
     'GroundingTextEncoder',

@@ -29,6 +29,7 @@ from mmdet_gdino_lora.checks.run import check_run
 from mmdet_gdino_lora.checks.walk import datasets_of, metrics_of
 from mmdet_gdino_lora.checks.words import some
 from mmdet_gdino_lora.engine.earlier import set_aside
+from mmdet_gdino_lora.engine.unfit import check_amp, check_fit
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.text.caption import clean_name
 
@@ -48,7 +49,10 @@ def check_config(cfg: Mapping[str, Any], stages: Sequence[str] = ('train', 'val'
         tested = list(stages) == ['test']
         key = '--resume' if cfg.get('resume') else 'checkpoint' if tested else 'load_from'
         _need_file(key, cfg['load_from'])
-    _check_compile(cfg)
+    if (cfg.get('model') or {}).get('type') == 'LoRAGroundingDINO':
+        check_fit(cfg)
+    if 'train' in stages:
+        check_amp(cfg)
     tell(check_run(cfg, stages))
     if 'train' in stages:
         tell(check_texts_arrive(cfg))
@@ -75,18 +79,6 @@ def _check_model(model: Mapping[str, Any]) -> Iterator[Finding]:
     if model.get('type') == 'LoRAGroundingDINO':
         yield from check_lora(model.get('lora'))
         yield from check_retain(model.get('retain'))
-
-
-def _check_compile(cfg: Mapping[str, Any]) -> None:
-    """torch can't trace captions (Python objects) and the matching (scipy, on the host)."""
-    setting = cfg.get('compile')
-    if setting in (None, False) or (cfg.get('model') or {}).get('type') != 'LoRAGroundingDINO':
-        return
-    raise ConfigError(
-        f'compile={setting!r} compiles the whole training step, whose captions and matching '
-        "torch.compile cannot trace; set compile=None and custom_hooks=[dict(type='CompileHook')], "
-        'which compiles the image tower'
-    )
 
 
 def _check_retain(cfg: Mapping[str, Any], key: str, classes: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Callable
@@ -14,6 +15,9 @@ from mmdet_gdino_lora.files.config_text import check_config_texts
 from mmdet_gdino_lora.files.download import fetch_url
 from mmdet_gdino_lora.files.read import MapLocation, read_file
 from mmdet_gdino_lora.files.types import mmengine_types
+
+SOURCE = 'mmdet_gdino_lora_file'
+"""Key in a state dict's metadata: the path or URL that it was read from."""
 
 
 def register_loaders() -> None:
@@ -46,7 +50,7 @@ def load_from_local(filename: str, map_location: MapLocation = None) -> dict[str
     """
     content = read_file(filename, map_location)
     check_config_texts(filename, content)
-    return content
+    return _with_source(content, filename)
 
 
 def load_from_http(filename: str, map_location: MapLocation = None, **_: Any) -> dict[str, Any]:
@@ -62,7 +66,19 @@ def load_from_http(filename: str, map_location: MapLocation = None, **_: Any) ->
     Raises:
         ConfigError: As :func:`load_from_local` and :func:`~.download.fetch_url`.
     """
-    return load_from_local(fetch_url(filename, 'load_from'), map_location)
+    return _with_source(load_from_local(fetch_url(filename, 'load_from'), map_location), filename)
+
+
+def _with_source(content: dict[str, Any], filename: str) -> dict[str, Any]:
+    """Notes where weights come from in their metadata, which goes with them into the model."""
+    weights = content.get('state_dict')
+    if isinstance(weights, dict):
+        noted = OrderedDict(weights)
+        metadata = OrderedDict(getattr(weights, '_metadata', {}))
+        metadata[''] = {**metadata.get('', {}), SOURCE: filename}
+        noted._metadata = metadata  # type: ignore[attr-defined]
+        content['state_dict'] = noted
+    return content
 
 
 def _weights_only(loader: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mmdet_gdino_lora.engine.runner_config import checkpoint_at_start, runner_config
 from mmdet_gdino_lora.errors import ConfigError
+from mmdet_gdino_lora.files.loaders import SOURCE
 from mmdet_gdino_lora.lora.state import Base, LoraState, lora_state
 from mmdet_gdino_lora.lora.store.base import (
     base_location,
@@ -183,7 +184,7 @@ def _load(
     if any('.lora_' in name for name in incoming):
         incoming = _from_adapter(detector, incoming, note)
     else:
-        incoming = _from_plain(detector, incoming)
+        incoming = _from_plain(detector, incoming, local_metadata.get(SOURCE))
     for name in [n for n in state_dict if n.startswith(prefix)]:
         del state_dict[name]
     # What didn't come stays as it is; handed to torch as well, so that it isn't reported missing.
@@ -191,7 +192,7 @@ def _load(
         state_dict[prefix + name] = incoming.get(name, tensor)
 
 
-def _from_plain(detector: nn.Module, incoming: dict[str, Tensor]) -> dict[str, Tensor]:
+def _from_plain(detector: nn.Module, incoming: dict[str, Tensor], file: Any) -> dict[str, Tensor]:
     state = lora_state(detector)
     config = state.adapter_config
     if reads_base(config):
@@ -200,7 +201,8 @@ def _from_plain(detector: nn.Module, incoming: dict[str, Tensor]) -> dict[str, T
             f'(lora.init_lora_weights={config.init_lora_weights!r}, lora.use_dora='
             f'{config.use_dora}): use base_checkpoint= in the model instead.'
         )
-    source = str(runner_config().get('load_from') or '')
+    # mmengine's FlexibleRunner loads before it says what its config is.
+    source = str(runner_config().get('load_from') or file or '')
     state.stands_on(fit_base(detector, in_mmdet_names(detector, incoming), source))
     return {}
 
