@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
@@ -33,6 +34,7 @@ from mmdet_gdino_lora.peft_layers.layers import adapter_layers, is_adapted
 PEFT_PREFIX = 'base_model.model.'
 WEIGHTS = 'adapter_model.safetensors'
 _OLDER_WEIGHTS = 'adapter_model.bin'
+_FILES_OF_WEIGHTS = ('.pth', '.pt', '.bin', '.safetensors')
 FILES = ('adapter_config.json', WEIGHTS, 'README.md')
 """What an adapter's folder holds."""
 
@@ -242,13 +244,19 @@ def _saved_modules(detector: nn.Module) -> list[str]:
     return list(saved)
 
 
+def _base_model(base: str) -> list[str]:
+    """The card's line on the base, where that is on the hub, which refuses other values."""
+    on_hub = re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', base) and not base.endswith(_FILES_OF_WEIGHTS)
+    return [f'base_model: {json.dumps(base)}'] if on_hub and not os.path.exists(base) else []
+
+
 def _card(detector: nn.Module, classes: Sequence[str], metrics: Mapping[str, float]) -> str:
     state, report = lora_state(detector), describe(detector)
     base = _base_source(detector) or 'random weights'
     lines = [
         '---',
         'library_name: peft',
-        f'base_model: {json.dumps(base)}',
+        *_base_model(base),
         'pipeline_tag: zero-shot-object-detection',
         'tags: [lora, grounding-dino, mmdetection]',
         '---',
