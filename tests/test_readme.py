@@ -14,8 +14,7 @@ from typing import Callable
 import pytest
 import torch
 from mmdet.registry import MODELS
-from mmengine.config import Config, ConfigDict
-from mmengine.fileio import load
+from mmengine.config import Config
 
 from mmdet_gdino_lora import GroundingDINOCriterion, NonFiniteHook, ResumableSeedHook
 from mmdet_gdino_lora.lora import lora_state
@@ -27,13 +26,9 @@ from tests.tool_run import (
     ROOT,
     TOOLS,
     Things,
-    base_for,
     block,
     blocks,
-    inside,
     run_tool,
-    small,
-    write_data,
 )
 
 # ---------------------------------------------------------------------------------- commands
@@ -222,39 +217,3 @@ def test_the_table_knows_every_snippet() -> None:
 @pytest.mark.parametrize('part', SNIPPETS)
 def test_a_snippet_runs(part: str, text_dir: str, base: str, tmp_path: Path) -> None:
     SNIPPETS[part](block(part), text_dir, base, tmp_path)
-
-
-# ----------------------------------------------------------------- two lines in an existing config
-
-
-def test_two_lines_in_an_mmdet_config_train_validate_resume_and_test(
-    text_dir: str, tmp_path: Path
-) -> None:
-    stock = 'mm_grounding_dino/grounding_dino_swin-t_finetune_8xb4_20e_cat.py'
-    (tmp_path / 'cat.py').write_text(
-        f"_base_ = 'mmdet::{stock}'\n" + block("model = dict(type='LoRAGroundingDINO', lora=dict(")
-    )
-    write_data(tmp_path / 'data/cat', ('cat',), ('trainval', 'test'))
-    with inside(tmp_path):
-        cfg = small(Config.fromfile('cat.py'))
-    assert cfg.load_from.startswith('https://')
-    cfg.model.language_model.name = text_dir
-    cfg.load_from = base_for(cfg, tmp_path / 'base.pth')
-    for name, split in dict(train='trainval', val='test', test='test').items():
-        cfg[f'{name}_dataloader'].dataset.data_prefix = ConfigDict(img=f'{split}/')
-    cfg.dump(tmp_path / 'cat.py')
-
-    run_tool('python tools/train.py cat.py', tmp_path)
-    work_dir = tmp_path / 'work_dirs/cat'
-    first = torch.load(work_dir / 'epoch_1.pth', weights_only=False)
-    assert any('bbox_mAP' in name for name in first['message_hub']['log_scalars'])
-    run_tool('python tools/train.py cat.py --resume --cfg-options train_cfg.max_epochs=2', tmp_path)
-    second = torch.load(work_dir / 'epoch_2.pth', weights_only=False)
-    assert second['meta']['epoch'] == 2
-    for content in (first, second):
-        factors = [name for name in content['state_dict'] if '.lora_' in name]
-        assert factors and len(content['state_dict']) < 2 * len(factors)
-    moved = [n for n in factors if not torch.equal(first['state_dict'][n], second['state_dict'][n])]
-    assert moved
-    run_tool(f'python tools/test.py cat.py {work_dir}/epoch_2.pth --out found.pkl', tmp_path)
-    assert len(load(tmp_path / 'found.pkl')) == 2

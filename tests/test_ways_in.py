@@ -1,0 +1,132 @@
+"""The four ways in: each command of docs/ways_in.md runs, in a short form; nothing new slips in."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import mmdet
+import pytest
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.fileio import load
+
+import gdino_lora
+from tests.test_readme import dry_make, dry_pip, ours
+from tests.tool_run import ROOT, Things, base_for, inside, small, write_data
+
+PAGE = (ROOT / 'docs/ways_in.md').read_text(encoding='utf-8')
+MMDET = Path(mmdet.__file__).parent / '.mim'
+
+
+def commands(heading: str) -> list[str]:
+    """The commands below one of the page's headings."""
+    part = PAGE.partition(f'## {heading}\n')[2].partition('\n## ')[0]
+    lines = ''.join(re.findall(r'^```shell\n(.*?)^```', part, flags=re.M | re.S)).splitlines()
+    return [re.split(r'\s+# ', line)[0].strip() for line in lines]
+
+
+def installed(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`gdino-lora ...`, in this process."""
+    program, *arguments = shlex.split(command)
+    assert program == 'gdino-lora'
+    monkeypatch.setattr(sys, 'argv', [program, *arguments])
+    monkeypatch.setattr(gdino_lora, 'starts', False)
+    with inside(folder):
+        gdino_lora.main()
+
+
+def mmdets(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python $MMDET/tools/x.py ...`, in this process."""
+    python, script, *arguments = shlex.split(command.replace('$MMDET', str(MMDET)))
+    assert python == 'python'
+    monkeypatch.setattr(sys, 'argv', [script, *arguments])
+    with inside(folder):
+        runpy.run_path(script, run_name='__main__')
+
+
+@pytest.fixture(scope='module')
+def cat(text_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the page's `cat.py`, a config of mmdet's made small, with its data and a base."""
+    folder = tmp_path_factory.mktemp('cat')
+    (code,) = re.findall(r'^```python\n(# cat.py.*?)^```', PAGE, flags=re.M | re.S)
+    (folder / 'cat.py').write_text(code)
+    write_data(folder / 'data/cat', ('cat',), ('trainval', 'test'))
+    with inside(folder):
+        cfg = small(Config.fromfile('cat.py'))
+    assert cfg.load_from.startswith('https://')
+    cfg.model.language_model.name = text_dir
+    cfg.load_from = base_for(cfg, folder / 'base.pth')
+    for name, split in dict(train='trainval', val='test', test='test').items():
+        cfg[f'{name}_dataloader'].dataset.data_prefix = ConfigDict(img=f'{split}/')
+    cfg.dump(folder / 'cat.py')
+    return folder
+
+
+def test_a_clone_with_its_environment(things: Things) -> None:
+    make, *rest = commands('A clone, with an environment of its own')
+    dry_make(things, make)
+    assert len(rest) == 2
+    for command in rest:
+        ours(things, command)
+
+
+def test_pip_without_a_clone(things: Things, monkeypatch: pytest.MonkeyPatch) -> None:
+    pip, train, test = commands('pip, without a clone')
+    dry_pip(things, pip)
+    installed(train, things.folder, monkeypatch)
+    checkpoint = things.folder / 'work_dirs/my_things/epoch_1.pth'
+    installed(test.replace('epoch_12', 'epoch_1'), things.folder, monkeypatch)
+    assert checkpoint.is_file()
+
+
+def test_two_lines_in_an_mmdet_config_train_validate_resume_and_test(
+    cat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, resume, test = commands('Two lines in a config that you have')
+    installed(train, cat, monkeypatch)
+    work_dir = cat / 'work_dirs/cat'
+    first = torch.load(work_dir / 'epoch_1.pth', weights_only=False)
+    assert any('bbox_mAP' in name for name in first['message_hub']['log_scalars'])
+    installed(f'{resume} --cfg-options train_cfg.max_epochs=2', cat, monkeypatch)
+    second = torch.load(work_dir / 'epoch_2.pth', weights_only=False)
+    assert second['meta']['epoch'] == 2
+    for content in (first, second):
+        factors = [name for name in content['state_dict'] if '.lora_' in name]
+        assert factors and len(content['state_dict']) < 2 * len(factors)
+    moved = [n for n in factors if not torch.equal(first['state_dict'][n], second['state_dict'][n])]
+    assert moved
+    test = test.replace('epoch_20', 'epoch_2')
+    installed(f'{test} --out found.pkl', cat, monkeypatch)
+    assert len(load(cat / 'found.pkl')) == 2
+
+
+def test_mmdets_own_tools(cat: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    train, test, ranks = commands("mmdet's own tools")
+    mmdets(f'{train} --work-dir {tmp_path}', cat, monkeypatch)
+    checkpoint = test.replace('work_dirs/cat/epoch_20.pth', f'{tmp_path}/epoch_1.pth')
+    mmdets(f'{checkpoint} --work-dir {tmp_path} --out {tmp_path}/found.pkl', cat, monkeypatch)
+    assert len(load(tmp_path / 'found.pkl')) == 2
+    # tests/test_launchers.py runs it whole.
+    (tmp_path / 'python').write_text('#!/usr/bin/env bash\necho "$@"\n')
+    (tmp_path / 'python').chmod(0o755)
+    path = f'{tmp_path}:{os.environ["PATH"]}'
+    bash = shlex.split(ranks.replace('$MMDET', str(MMDET)))
+    said = subprocess.run(
+        bash, cwd=cat, env=dict(os.environ, PATH=path), capture_output=True, text=True
+    ).stdout
+    assert '--nproc_per_node=2' in said and f'{MMDET}/tools/train.py cat.py' in said
+
+
+def test_the_page_has_four_ways_of_three_commands_and_a_launcher_that_is_tested() -> None:
+    headings = re.findall(r'^## (.*)', PAGE, flags=re.M)
+    assert [len(commands(heading)) for heading in headings] == [3, 3, 3, 3, 1]
+    tested = (ROOT / 'tests/test_launchers.py').read_text()
+    assert 'torch.distributed.run --nnodes 2' in tested and commands('Several machines')[
+        0
+    ].startswith('torchrun --nnodes 2')
