@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Callable
 
@@ -28,24 +27,17 @@ from tests.tool_run import (
     Things,
     block,
     blocks,
-    run_tool,
+    dry_make,
+    dry_pip,
+    run_typed,
 )
 
 # ---------------------------------------------------------------------------------- commands
 
 
-def dry_make(things: Things, command: str) -> None:
-    """`make -n`: that there is such a goal; whole, it makes an environment and runs this suite."""
-    done = subprocess.run([*command.split(), '-n'], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def dry_pip(things: Things, command: str) -> None:
-    """Without writing, and without the network: the metadata is built and the ranges are met."""
-    pip = [sys.executable, '-m', *command.split(), '--dry-run', '--no-deps', '--no-index']
-    done = subprocess.run([*pip, '--no-build-isolation'], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert 'mmdet-gdino-lora' in done.stdout
+def dry(things: Things, command: str) -> None:
+    """`make -n`, or pip without writing and without the network."""
+    (dry_make if command.startswith('make') else dry_pip)(command)
 
 
 def ours(things: Things, command: str) -> None:
@@ -57,7 +49,7 @@ def its_help(things: Things, command: str) -> None:
     """Its arguments are parsed: it takes minutes and more, or the network, to run."""
     parsed = re.sub(r' --help$', '', command) + ' --help'
     with pytest.raises(SystemExit) as end:
-        run_tool(parsed, things.folder)
+        run_typed(parsed, things.folder)
         raise SystemExit(0)
     assert not end.value.code
 
@@ -82,22 +74,27 @@ def launcher(things: Things, command: str) -> None:
 
 #: Each command of the README, as it stands there, and the way it is run here.
 COMMANDS: dict[str, Callable[[Things, str], None]] = {
-    'make demo': dry_make,
-    'make test': dry_make,
-    'make test-faults': dry_make,
-    'make env': dry_make,
-    'make stack-lowest PYTHON=python3.10': dry_make,
-    'make stack-highest PYTHON=python3.12': dry_make,
-    'pip install -e .': dry_pip,
-    'python tools/train.py my_things.py': ours,
+    'make demo': dry,
+    'make test': dry,
+    'make test-faults': dry,
+    'make env': dry,
+    'make stack-lowest PYTHON=python3.10': dry,
+    'make stack-highest PYTHON=python3.12': dry,
+    'make test STACK=onedl': dry,
+    'pip install .': dry,
+    'python -m mmdet_gdino_lora': its_help,
+    'gdino-lora --help': its_help,
+    'gdino-lora train gdino_lora_coco': its_help,
+    'gdino-lora train my_things.py': ours,
     'bash tools/dist_train.sh my_things.py 2': launcher,
-    'python tools/test.py my_things.py work_dirs/my_things/epoch_12.pth': ours,
-    'python tools/image_demo.py my_things.py work_dirs/my_things/epoch_12.pth photo.jpg'
+    'gdino-lora test my_things.py work_dirs/my_things/epoch_12.pth': ours,
+    'gdino-lora image-demo my_things.py work_dirs/my_things/epoch_12.pth photo.jpg'
     ' --texts "wheel bolt . cracked tile"': ours,
-    'python tools/export_adapter.py my_things.py CHECKPOINT adapter/': ours,
-    'python tools/merge_adapter.py my_things.py CHECKPOINT out.pth --scale 0.5': ours,
-    'python tools/replay.py my_things.py work_dirs/my_things/nonfinite_iter_N.pth': its_help,
-    'python tools/sweep_scale.py --help': its_help,
+    'gdino-lora export my_things.py CHECKPOINT adapter/': ours,
+    'gdino-lora merge my_things.py CHECKPOINT out.pth --scale 0.5': ours,
+    'gdino-lora export-onnx my_things.py CHECKPOINT out.onnx': its_help,
+    'gdino-lora replay my_things.py work_dirs/my_things/nonfinite_iter_N.pth': its_help,
+    'gdino-lora sweep --help': its_help,
     'python tools/benchmarks/forgetting.py': its_help,
     'python tools/benchmarks/criterion.py': its_help,
     'python tools/benchmarks/step.py': its_help,
@@ -107,7 +104,7 @@ COMMANDS: dict[str, Callable[[Things, str], None]] = {
 def commands_of_the_readme() -> list[str]:
     lines = [line for code in blocks('shell') for line in code.splitlines()]
     prose = re.sub(r'^```.*?^```', '', README, flags=re.M | re.S)
-    lines += re.findall(r'`((?:python|make|pip|bash) [^`]+)`', prose)
+    lines += re.findall(r'`((?:gdino-lora|python|make|pip|bash) [^`]+)`', prose)
     commands = [re.split(r'\s+# ', line)[0].strip() for line in lines]
     return sorted({command for command in commands if command and not command.startswith('#')})
 

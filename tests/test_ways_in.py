@@ -16,9 +16,17 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.fileio import load
 
-import gdino_lora
-from tests.test_readme import dry_make, dry_pip, ours
-from tests.tool_run import ROOT, Things, base_for, inside, small, write_data
+from tests.tool_run import (
+    ROOT,
+    Things,
+    base_for,
+    dry_make,
+    dry_pip,
+    inside,
+    run_typed,
+    small,
+    write_data,
+)
 
 PAGE = (ROOT / 'docs/ways_in.md').read_text(encoding='utf-8')
 MMDET = Path(mmdet.__file__).parent / '.mim'
@@ -31,14 +39,10 @@ def commands(heading: str) -> list[str]:
     return [re.split(r'\s+# ', line)[0].strip() for line in lines]
 
 
-def installed(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def installed(command: str, folder: Path) -> None:
     """`gdino-lora ...`, in this process."""
-    program, *arguments = shlex.split(command)
-    assert program == 'gdino-lora'
-    monkeypatch.setattr(sys, 'argv', [program, *arguments])
-    monkeypatch.setattr(gdino_lora, 'starts', False)
-    with inside(folder):
-        gdino_lora.main()
+    assert command.startswith('gdino-lora ')
+    run_typed(command, folder)
 
 
 def mmdets(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,30 +74,28 @@ def cat(text_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_clone_with_its_environment(things: Things) -> None:
     make, *rest = commands('A clone, with an environment of its own')
-    dry_make(things, make)
+    dry_make(make)
     assert len(rest) == 2
     for command in rest:
-        ours(things, command)
+        things.run(command)
 
 
-def test_pip_without_a_clone(things: Things, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pip_without_a_clone(things: Things) -> None:
     pip, train, test = commands('pip, without a clone')
-    dry_pip(things, pip)
-    installed(train, things.folder, monkeypatch)
+    dry_pip(pip)
+    installed(train, things.folder)
     checkpoint = things.folder / 'work_dirs/my_things/epoch_1.pth'
-    installed(test.replace('epoch_12', 'epoch_1'), things.folder, monkeypatch)
+    installed(test.replace('epoch_12', 'epoch_1'), things.folder)
     assert checkpoint.is_file()
 
 
-def test_two_lines_in_an_mmdet_config_train_validate_resume_and_test(
-    cat: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_lines_in_an_mmdet_config_train_validate_resume_and_test(cat: Path) -> None:
     train, resume, test = commands('Two lines in a config that you have')
-    installed(train, cat, monkeypatch)
+    installed(train, cat)
     work_dir = cat / 'work_dirs/cat'
     first = torch.load(work_dir / 'epoch_1.pth', weights_only=False)
     assert any('bbox_mAP' in name for name in first['message_hub']['log_scalars'])
-    installed(f'{resume} --cfg-options train_cfg.max_epochs=2', cat, monkeypatch)
+    installed(f'{resume} --cfg-options train_cfg.max_epochs=2', cat)
     second = torch.load(work_dir / 'epoch_2.pth', weights_only=False)
     assert second['meta']['epoch'] == 2
     for content in (first, second):
@@ -102,7 +104,7 @@ def test_two_lines_in_an_mmdet_config_train_validate_resume_and_test(
     moved = [n for n in factors if not torch.equal(first['state_dict'][n], second['state_dict'][n])]
     assert moved
     test = test.replace('epoch_20', 'epoch_2')
-    installed(f'{test} --out found.pkl', cat, monkeypatch)
+    installed(f'{test} --out found.pkl', cat)
     assert len(load(cat / 'found.pkl')) == 2
 
 

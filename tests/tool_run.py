@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 
+import gdino_lora
 from tests.builders import build_cfg, write_base
 from tests.run_small import ON_CPU
 
@@ -139,6 +141,46 @@ def run_tool(command: str, folder: Path) -> None:
         sys.argv, sys.path[:] = argv, path
 
 
+def run_typed(command: str, folder: Path) -> None:
+    """Runs ``gdino-lora ...``, ``python -m mmdet_gdino_lora ...`` or a file of tools/, as above.
+
+    Args:
+        command: As in the README.
+        folder: Where it is typed.
+
+    Raises:
+        SystemExit: It ended with another status than 0.
+    """
+    typed = re.sub('^python -m mmdet_gdino_lora', 'gdino-lora', command)
+    if not typed.startswith('gdino-lora'):
+        run_tool(command, folder)
+        return
+    argv, started = sys.argv, gdino_lora.starts
+    sys.argv = shlex.split(typed, comments=True)
+    try:
+        with inside(folder):
+            gdino_lora.main()
+    except SystemExit as end:
+        if end.code:
+            raise
+    finally:
+        sys.argv, gdino_lora.starts = argv, started
+
+
+def dry_make(command: str) -> None:
+    """`make -n`: that there is such a goal; whole, it makes an environment and runs this suite."""
+    done = subprocess.run([*command.split(), '-n'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def dry_pip(command: str) -> None:
+    """Without writing, and without the network: the metadata is built and the ranges are met."""
+    pip = [sys.executable, '-m', *command.split(), '--dry-run', '--no-deps', '--no-index']
+    done = subprocess.run([*pip, '--no-build-isolation'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'mmdet-gdino-lora' in done.stdout
+
+
 class Things:
     """The run of the README's section on own data: its config, made small, and its checkpoint.
 
@@ -171,4 +213,4 @@ class Things:
         }
         for name, path in stands_for.items():
             command = command.replace(name, path)
-        run_tool(command, self.folder)
+        run_typed(command, self.folder)
