@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +187,7 @@ def swin_tiny(text_dir: str, **overrides: Any) -> nn.Module:
 def test_a_merged_swin_goes_to_the_official_release_and_comes_back(
     text_dir: str, tmp_path: Path
 ) -> None:
-    detector = stir(swin_tiny(text_dir, lora=dict(preset='decoder', r=2)))
+    detector = stir(swin_tiny(text_dir, lora=dict(preset='all', r=2)))
     weights = merged_weights(detector)
     path = tmp_path / 'tuned.pth'
     assert write_official(str(path), detector, weights) == 'swin_T_224_1k'
@@ -201,6 +204,43 @@ def test_a_merged_swin_goes_to_the_official_release_and_comes_back(
     assert not config['dec_pred_bbox_embed_share']  # the branches differ
     again = plain_tensors(swin_tiny(text_dir, base_checkpoint=str(path)))
     assert all(torch.equal(again[n], w) for n, w in weights.items() if 'dn_query' not in n)
+
+
+OFFICIAL_PYTHON = os.environ.get('OFFICIAL_PYTHON', '')
+
+
+@pytest.mark.skipif(
+    not OFFICIAL_PYTHON,
+    reason="the official release's code needs an environment of its own: see docs/export.md",
+)
+def test_the_official_code_computes_the_same_from_what_was_written(
+    text_dir: str, tmp_path: Path
+) -> None:
+    text = tmp_path / 'text'  # that code loads text weights before it loads ours
+    shutil.copytree(text_dir, text)
+    detector = stir(swin_tiny(str(text), lora=dict(preset='all', r=2)))
+    detector.language_model.language_backbone.body.model.save_pretrained(text)
+    written, given, result = (str(tmp_path / name) for name in ('tuned.pth', 'in.pt', 'out.pt'))
+    write_official(written, detector, merged_weights(detector))
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(3))
+    caption = detector.language_model.caption_tokenizer.from_names(NAMES)
+    torch.save(dict(images=images, captions=[caption.text] * 2), given)
+    code = str(Path(__file__).with_name('official_code.py'))
+    command = [OFFICIAL_PYTHON, '-W', 'ignore', code, str(tmp_path / 'tuned.py')]
+    done = subprocess.run([*command, written, given, result], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    theirs = torch.load(result)
+    logits, boxes = outputs(detector, images)
+    width = logits.shape[-1]
+    finite = logits.isfinite()
+    assert boxes.std() > 0.05 and logits[finite].std() > 0.05
+    torch.testing.assert_close(theirs['pred_logits'][..., :width], logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(theirs['pred_boxes'], boxes, rtol=1e-4, atol=1e-5)
+    # Nobody reads the pooler, and the indices are computed.
+    nobodys = ('bert.pooler.', 'bert.embeddings.position_ids')
+    missing = [name for name in theirs['missing'] if not name.startswith(nobodys)]
+    assert [name for name in missing if not name.endswith('.relative_position_index')] == []
+    assert theirs['unexpected'] == []
 
 
 def test_what_the_official_release_cannot_express_is_refused(text_dir: str, tmp_path: Path) -> None:

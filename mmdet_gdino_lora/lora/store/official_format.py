@@ -174,7 +174,7 @@ def _backbone_name(detector: GroundingDINO) -> str:
     if found == 'SwinTransformer':
         attention = [stage.blocks[0].attn.w_msa for stage in backbone.stages]
         sizes = (
-            backbone.patch_embed.projection.out_channels,
+            backbone.patch_embed.embed_dims,
             tuple(len(stage.blocks) for stage in backbone.stages),
             tuple(layer.num_heads for layer in attention),
             attention[0].window_size[0],
