@@ -188,6 +188,7 @@ def test_a_loss_scale_that_is_found_is_no_fault_and_nan_under_it_is(
     monkeypatch.setattr(
         'mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available', lambda: True
     )
+    monkeypatch.setattr('mmdet_gdino_lora.engine.unfit.get_device', lambda: 'cuda')
     amp = dict(type='AmpOptimWrapper', dtype='bfloat16')
     settings = dict(on_nonfinite='skip', amp=amp)
     _, error, states = train(tmp_path, text_dir, small_base, 'forward', [3], **settings)
