@@ -1,6 +1,6 @@
 """What the official release's code computes; run by a Python that has it, without this project.
 
-    official_code.py CONFIG.py CHECKPOINT.pth INPUTS.pt OUTPUTS.pt
+official_code.py CONFIG.py CHECKPOINT.pth INPUTS.pt OUTPUTS.pt
 """
 
 from __future__ import annotations

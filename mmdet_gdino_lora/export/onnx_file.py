@@ -1,8 +1,7 @@
 """Graphs as ONNX files that say themselves how they are used.
 
-torch has two exporters. The one that traces (``dynamo=False``) is the one used: it takes seconds
-for a graph of any image and batch size, where ``torch.export`` takes minutes to prove things about
-sizes (docs/export.md has both measured), and needs no package beside torch.
+torch has two exporters. The one that traces (``dynamo=False``) is the one used: its graphs take
+images and batches of any size as they are written here, and it needs no package beside torch.
 """
 
 from __future__ import annotations
