@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from mmdet_gdino_lora.engine.runner_config import annotations_follow_resize, run
 from mmdet_gdino_lora.phrases import without_lost
 from mmdet_gdino_lora.samples import captions_of, with_resized_boxes
 from mmdet_gdino_lora.text import TokenizedCaption
+from mmdet_gdino_lora.transfer import to_device
 
 if TYPE_CHECKING:
     from mmdet_gdino_lora.detector import LoRAGroundingDINO
@@ -80,9 +82,9 @@ def detect(
             if number < len(all_of_image):
                 of_image.append(_with_labels_of(caption, instances))
     most = detector.bbox_head.test_cfg.get('max_per_img', detector.num_queries)
-    for sample, of_image, of_captions in zip(batch_data_samples, found, captions):
+    for sample, of_image in zip(batch_data_samples, found):
         sample.pred_instances = _best(of_image, most)
-        _add_label_names(sample.pred_instances, of_captions)
+    _add_label_names([sample.pred_instances for sample in batch_data_samples], captions)
     return head_inputs
 
 
@@ -95,8 +97,8 @@ def _token_positive_map(caption: TokenizedCaption) -> dict[int, list[int]]:
 def _with_labels_of(caption: TokenizedCaption, instances: InstanceData) -> InstanceData:
     """Goes from the place of a class in its caption to its label."""
     if not isinstance(caption.labels, range):
-        labels = torch.tensor(caption.labels)
-        instances.labels = labels.to(instances.labels.device, non_blocking=True)[instances.labels]
+        labels = to_device(torch.tensor(caption.labels), instances.labels.device)
+        instances.labels = labels[instances.labels]
     return instances
 
 
@@ -108,11 +110,12 @@ def _best(found: Sequence[InstanceData], most: int) -> InstanceData:
     return instances[instances.scores.topk(min(most, len(instances))).indices]
 
 
-def _add_label_names(instances: InstanceData, captions: Captions) -> None:
-    names = {
-        label: caption.names[label].strip() for caption in captions for label in caption.labels
-    }
-    instances.label_names = [names[label] for label in instances.labels.tolist()]
+def _add_label_names(found: Sequence[InstanceData], captions: Sequence[Captions]) -> None:
+    """Names what was found in all images of a batch, for one wait for the device."""
+    labels = iter(torch.cat([instances.labels for instances in found]).tolist())
+    for instances, of_captions in zip(found, captions):
+        names = {n: caption.names[n].strip() for caption in of_captions for n in caption.labels}
+        instances.label_names = [names[label] for label in islice(labels, len(instances))]
 
 
 @torch.no_grad()

@@ -7,20 +7,22 @@ import logging
 import pytest
 import torch
 from mmdet.models.dense_heads import GroundingDINOHead
+from mmdet.models.dense_heads.atss_vlfusion_head import convert_grounding_to_cls_scores
 from mmdet.models.language_models import BertModel
 from mmengine.logging import MMLogger
 
-from mmdet_gdino_lora import GroundingDINOCriterionHead, GroundingTextEncoder, build_criterion
+from mmdet_gdino_lora import GroundingDINOCriterionHead, GroundingTextEncoder, build_criterion, head
+from mmdet_gdino_lora.transfer import to_device
 from tests.builders import build, build_cfg, data_samples, stock_cfg
 
 MMDETS = dict(type='FocalLoss', use_sigmoid=True, gamma=1.5, alpha=0.3, loss_weight=1.0)
 
 
-def two_lines(text_dir: str, **head):
+def two_lines(text_dir: str, **settings):
     """A config of mmdet's with nothing but the detector's name and ``lora`` changed."""
     cfg = stock_cfg(text_dir)
     cfg.update(type='LoRAGroundingDINO', lora=dict(preset='decoder', r=4))
-    cfg.bbox_head.update(head)
+    cfg.bbox_head.update(settings)
     return cfg
 
 
@@ -140,3 +142,25 @@ def test_multipliers_of_the_config_that_slow_adapters_are_told_once(text_dir, mo
     count = sum('backbone' in name and '.lora_' in name for name in names)
     assert f"'backbone' (lr_mult=0.1) holds {count} adapter weights" in line and count > 10
     assert 'language_model' not in line
+
+
+@pytest.mark.parametrize('spans', [[[1], [2, 3], [5, 6, 7]], [[4]], [[0, 1], [1, 2]]])
+def test_a_class_scores_what_it_does_in_mmdet(spans):
+    tokens = torch.rand(7, 9)
+    maps = dict(enumerate(spans, 1))
+    expected = convert_grounding_to_cls_scores(tokens[None], [maps])[0]
+    torch.testing.assert_close(head.class_scores(tokens, spans), expected)
+
+
+@pytest.mark.parametrize('classes', [2, 40])
+def test_classes_are_no_uploads_of_their_own(text_dir, monkeypatch, classes):
+    uploads = []
+    monkeypatch.setattr(head, 'to_device', lambda data, d: uploads.append(0) or to_device(data, d))
+    maps = {number + 1: [number] for number in range(classes)}
+    meta = dict(img_shape=(80, 100), scale_factor=(2.0, 4.0))
+    made = build(text_dir).bbox_head._predict_by_feat_single(
+        torch.randn(30, 64), torch.rand(30, 4), maps, meta
+    )
+    assert len(uploads) == 3
+    assert made.bboxes[:, 0::2].max() <= 50 and made.bboxes[:, 1::2].max() <= 20
+    assert made.bboxes.min() >= 0 and made.labels.max() < classes and len(made) == 30

@@ -45,7 +45,7 @@ MAY_IMPORT = {
     'head': {'errors', 'objective', 'samples', 'text', 'transfer'},
     'retain': {'checks', 'errors', 'lora', 'objective', 'peft_layers', 'text', 'transfer'},
     'transformer': {'errors', 'layers', 'samples', 'text', 'transfer'},
-    'prediction': {'errors', 'engine', 'layers', 'phrases', 'samples', 'text'},
+    'prediction': {'errors', 'engine', 'layers', 'phrases', 'samples', 'text', 'transfer'},
     'evaluation': {'errors'},
     'changes': {'engine', 'errors', 'head', 'lora'},
     'detector': {
