@@ -14,6 +14,7 @@ from mmdet.structures import SampleList
 from torch import Tensor
 
 from mmdet_gdino_lora.layers.levels import level_tensors, padding_masks
+from mmdet_gdino_lora.layers.precision import as_autocast
 from mmdet_gdino_lora.layers.proposals import Proposals, select_proposals
 from mmdet_gdino_lora.text import TokenizedCaption
 
@@ -183,7 +184,7 @@ class LeanGroundingDINO(GroundingDINO):
         proposals = self.select_proposals(**encoder_outputs)
         memory, memory_text = encoder_outputs['memory'], encoder_outputs['memory_text']
         text_token_mask = encoder_outputs['text_token_mask']
-        query = self.query_embedding.weight[None].expand(memory.shape[0], -1, -1)
+        query = as_autocast(self.query_embedding.weight)[None].expand(memory.shape[0], -1, -1)
         reference_points = proposals.boxes.detach()
         dn_mask, dn_meta = None, None
         if self.training and self.dn_query_generator is not None:

@@ -58,11 +58,13 @@ def test_loss_and_predict_run_in_the_right_precision_without_forward(
         assert torch.equal(one.pred_instances.bboxes, other.pred_instances.bboxes)
 
 
+@pytest.mark.parametrize('base_dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_a_step_under_autocast_is_close_to_one_without(
-    text_dir: str, base: str, dtype: torch.dtype
+    text_dir: str, base: str, dtype: torch.dtype, base_dtype: str
 ) -> None:
-    detector = build(text_dir, lora=dict(preset='all', r=4), base_checkpoint=base).train()
+    cfg = dict(lora=dict(preset='all', r=4), base_checkpoint=base, base_dtype=base_dtype)
+    detector = build(text_dir, **cfg).train()
     with torch.autocast('cpu', dtype=dtype):
         mixed = total_loss(detector)
     torch.testing.assert_close(mixed, total_loss(detector), rtol=0.05, atol=0)

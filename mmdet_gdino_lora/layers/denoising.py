@@ -14,6 +14,7 @@ from mmdet.structures import SampleList
 from mmdet.structures.bbox import bbox_xyxy_to_cxcywh
 from torch import Tensor
 
+from mmdet_gdino_lora.layers.precision import as_autocast
 from mmdet_gdino_lora.transfer import to_device
 
 
@@ -74,7 +75,7 @@ class DenoisingQueryGenerator(CdnQueryGenerator):
         labels = gt_labels.clamp(0, self.num_classes - 1).repeat(2 * num_groups)
         replaced = torch.rand_like(labels, dtype=torch.float) < self.label_noise_scale * 0.5
         random = torch.randint_like(labels, 0, self.num_classes)
-        return self.label_embedding(torch.where(replaced, random, labels))
+        return as_autocast(self.label_embedding(torch.where(replaced, random, labels)))
 
     def generate_dn_bbox_query(self, gt_bboxes: Tensor, num_groups: int) -> Tensor:
         """Add noise by mmdet's own arithmetic; boxes of an empty batch stay empty.

@@ -62,3 +62,21 @@ def autocast(device: torch.device, dtype: Optional[torch.dtype]) -> Iterator[Non
     else:
         with torch.autocast(device.type, dtype=dtype):
             yield
+
+
+def as_autocast(tensor: torch.Tensor) -> torch.Tensor:
+    """Take a weight of one half type to the other where that one is autocast's.
+
+    torch joins tensors of different types under autocast, but not of two half types: frozen
+    weights in bfloat16 meet float16 wherever a run has mmdet's ``--amp``.
+
+    Args:
+        tensor: Of any type.
+
+    Returns:
+        Itself; in autocast's type if it is in half precision and autocast is on.
+    """
+    kind = tensor.device.type
+    if tensor.dtype not in (torch.bfloat16, torch.float16) or not torch.is_autocast_enabled(kind):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind))
