@@ -12,6 +12,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
 from mmdet.models.language_models import bert
 from mmdet.registry import MODELS, TRANSFORMS
 from mmdet.structures import DetDataSample
@@ -305,6 +306,24 @@ def share_frozen(contenders: Sequence[Contender]) -> None:
             if not parameter.requires_grad:
                 key = (name.replace('.base_layer', ''), parameter.shape)
                 parameter.data = known.setdefault(key, parameter.data)
+
+
+class _SamplingInFloat32:
+    """mmcv's kernel, which knows no bfloat16, for mmdet's model under autocast."""
+
+    @staticmethod
+    def apply(value: Tensor, shapes: Tensor, starts: Tensor, *rest: Any) -> Tensor:
+        """As mmcv's function; ``rest`` are locations, weights and step."""
+        exact = [value.float(), shapes, starts, *(t.float() for t in rest[:2]), rest[2]]
+        return MultiScaleDeformableAttnFunction.apply(*exact).to(value.dtype)
+
+
+@contextlib.contextmanager
+def repaired_sampling() -> Iterator[None]:
+    """mmdet's model runs in bfloat16 on CUDA, repaired just enough."""
+    name = 'mmcv.ops.multi_scale_deform_attn.MultiScaleDeformableAttnFunction'
+    with mock.patch(name, _SamplingInFloat32):
+        yield
 
 
 @contextlib.contextmanager

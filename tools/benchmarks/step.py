@@ -146,7 +146,8 @@ def step(contender: cs.Contender, samples: list[dict], watch: Watch) -> float:
     amp = torch.autocast('cuda', torch.bfloat16, enabled=watch.device == 'cuda')
     with watch('data'):
         inputs = contender.data(samples)
-    with watch('forward'), amp:
+    repaired = cs.repaired_sampling() if watch.device == 'cuda' else contextlib.nullcontext()
+    with watch('forward'), amp, repaired:
         loss = contender.loss(inputs)
     with watch('backward'):
         loss.backward()
@@ -157,15 +158,17 @@ def step(contender: cs.Contender, samples: list[dict], watch: Watch) -> float:
     return float(loss)
 
 
-def host_waits(contender: cs.Contender, samples: list[dict], watch: Watch) -> int:
-    """How many times the host waits for the device in one step."""
+def host_waits(contender: cs.Contender, samples: list[dict]) -> int:
+    """How many times the host waits for the device in one step, uploads included."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         torch.cuda.set_sync_debug_mode('warn')
-        step(contender, samples, watch)
+        with torch.autocast('cuda', torch.bfloat16), cs.repaired_sampling():
+            loss = contender.loss(contender.data(samples))
+        loss.backward()
         torch.cuda.set_sync_debug_mode('default')
-    # The loss's own float() at the end of the step is not the model's.
-    return sum('synchronizing' in str(warning.message) for warning in caught) - 1
+    contender.optimizer.zero_grad()
+    return sum('synchronizing' in str(warning.message) for warning in caught)
 
 
 def measure(
@@ -183,7 +186,7 @@ def measure(
             step(contender, scale.batch_of(0), watch)
         row.update(kept=kept.megabytes, peak=peak.megabytes)
         if scale.device == 'cuda':
-            row['waits'] = host_waits(contender, scale.batch_of(0), Watch('cpu', clock))
+            row['waits'] = host_waits(contender, scale.batch_of(0))
     for turn in range(rounds):
         for number, (contender, watch) in enumerate(zip(contenders, watches)):
             watch.spent.clear()
