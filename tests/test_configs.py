@@ -94,8 +94,9 @@ def test_its_model_is_mmdets(name: str) -> None:
     assert dict(head) == dict(theirs)
     for key in ('embed_dims', 'depths', 'num_heads', 'window_size', 'out_indices'):
         assert ours.backbone[key] == stock.model.backbone[key], key
-    if stock.get('load_from'):
-        assert ours.base_checkpoint == stock.load_from
+    if stock.get('load_from') and 'pretrain' not in STOCK[name]:  # that begins with an earlier base
+        # OneDL's configs name its own mirror of the same file.
+        assert Path(ours.base_checkpoint).name == Path(stock.load_from).name
 
 
 def test_what_llmdets_files_hold_beside_the_detector_is_left_out(

@@ -166,6 +166,14 @@ class LateBatches:
             self._iterator = iter(self._loader)
         return next(self._iterator)
 
+    def skip_iter(self, num_iters: int) -> None:
+        """Skips as OneDL's mmengine asks for it, in one call where OpenMMLab's fetches.
+
+        Args:
+            num_iters: Of the batches that the sampler leaves out already.
+        """
+        self._skipped -= num_iters
+
 
 def visited_loader(
     loader: DataLoader,

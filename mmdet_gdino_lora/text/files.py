@@ -70,19 +70,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ConfigError: As :func:`text_model`; or a folder has no vocabulary, in which transformers
             would take every word for an unknown one.
     """
-    tokenizer = text_model(
-        name, AutoTokenizer.from_pretrained, use_fast=True, trust_remote_code=False
-    )
     folder = os.path.expanduser(name)
-    if os.path.isdir(folder) and not any(
-        os.path.isfile(os.path.join(folder, file)) for file in _VOCABULARIES
-    ):
-        raise ConfigError(
-            f'text model {name!r} (language_model.name) has neither vocab.txt nor tokenizer.json, '
-            f'so that every word would be read as {tokenizer.unk_token}; put the vocab.txt of the '
-            "base's text model beside its config.json"
-        )
-    return tokenizer
+    if os.path.isdir(folder):
+        # Asked first: transformers 4 stops at a vocabulary that isn't there, in its own ways.
+        what = f'text model {name!r} (language_model.name)'
+        _check_config_file(what, folder)
+        _check_vocabulary(what, folder)
+    return text_model(name, AutoTokenizer.from_pretrained, use_fast=True, trust_remote_code=False)
 
 
 def is_at_hand(name: str) -> bool:
@@ -136,6 +130,14 @@ def _check_config_file(what: str, folder: str) -> None:
     for index in ('model.safetensors.index.json', 'pytorch_model.bin.index.json'):
         if os.path.isfile(os.path.join(folder, index)):
             shards_of(os.path.join(folder, index))
+
+
+def _check_vocabulary(what: str, folder: str) -> None:
+    if not any(os.path.isfile(os.path.join(folder, file)) for file in _VOCABULARIES):
+        raise ConfigError(
+            f'{what} has neither vocab.txt nor tokenizer.json, so that every word would be read as '
+            "[UNK]; put the vocab.txt of the base's text model beside its config.json"
+        )
 
 
 def _told(error: Exception, in_folder: bool) -> Optional[str]:
