@@ -264,7 +264,7 @@ def class_scores(scores: Tensor, spans: Sequence[Sequence[int]]) -> Tensor:
     Returns:
         [Q, C].
     """
-    longest = max(map(len, spans))
+    longest = max(map(len, spans), default=0)
     index = np.zeros((len(spans), longest), np.int64)
     shares = np.zeros((len(spans), longest), np.float32)
     for number, tokens in enumerate(spans):

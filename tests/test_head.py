@@ -144,7 +144,7 @@ def test_multipliers_of_the_config_that_slow_adapters_are_told_once(text_dir, mo
     assert 'language_model' not in line
 
 
-@pytest.mark.parametrize('spans', [[[1], [2, 3], [5, 6, 7]], [[4]], [[0, 1], [1, 2]]])
+@pytest.mark.parametrize('spans', [[[1], [2, 3], [5, 6, 7]], [[4]], [[0, 1], [1, 2]], []])
 def test_a_class_scores_what_it_does_in_mmdet(spans):
     tokens = torch.rand(7, 9)
     maps = dict(enumerate(spans, 1))
