@@ -12,7 +12,9 @@ import torch
 from mmdet.registry import HOOKS
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from torch.utils.data import DataLoader
 
+from mmdet_gdino_lora.engine.visits import LateBatches
 from tests.faults.smallest import smallest
 from tests.run_small import logged
 
@@ -164,3 +166,19 @@ def test_another_batch_size_begins_the_epoch_anew_and_says_so(
     resumed = train(tmp_path, text_dir, small_base, dict(batch_size=1), by_epoch=True, resume=True)
     assert 'from batch 1 of an epoch of 2 batches, which now has 4' in logged(tmp_path)
     assert resumed.epoch == EPOCHS
+
+
+@pytest.mark.parametrize('in_one_call', [False, True])
+def test_what_a_resumed_loop_throws_away_is_not_loaded(in_one_call: bool) -> None:
+    """OpenMMLab's loop fetches the batches that were seen, OneDL's has them skipped."""
+    loaded = []
+    samples = [torch.tensor(float(i)) for i in range(5)]
+    loader = DataLoader(samples, batch_size=1, collate_fn=lambda batch: loaded.extend(batch))
+    batches = LateBatches(loader, skipped=3)
+    if in_one_call:
+        batches.skip_iter(3)
+    else:
+        assert [next(batches) for _ in range(3)] == [None, None, None]
+    assert loaded == []
+    next(batches)
+    assert loaded == [samples[0]]
