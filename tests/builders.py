@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+import transformers
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import ConfigDict
@@ -17,6 +19,10 @@ from torch import nn
 
 #: Of every process: pytest-xdist keeps the other cores busy.
 THREADS = 1
+WITH_MM = pytest.mark.skipif(
+    not hasattr(transformers, 'MMGroundingDinoConfig'),
+    reason='this transformers has no MM Grounding DINO: it came with 4.55',
+)
 WORDS = ['red', 'blue', 'green', 'dog', 'hot', 'cat', 'star'] + [
     'circle',
     'square',

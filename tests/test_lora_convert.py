@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mmdet_gdino_lora.lora.store.merge import merged_weights
 from mmdet_gdino_lora.lora.store.official_format import write_official
 from mmdet_gdino_lora.lora.store.transformers_format import write_transformers
 from mmdet_gdino_lora.lora.tensors import plain_tensors
-from tests.builders import WORDS, build_cfg, data_samples, detector_cfg
+from tests.builders import WITH_MM, WORDS, build_cfg, data_samples, detector_cfg
 
 NAMES = ['red star', 'dog', 'hot dog']
 PLAIN = dict(max_text_len=256)
@@ -112,8 +113,16 @@ def test_transformers_own_model_serves_as_base_with_equal_outputs(
         convertible(text_dir, SCALED, base_checkpoint=str(tmp_path))
 
 
-NO_MM = 'this transformers has no MM Grounding DINO: it came with 4.55'
-WITH_MM = pytest.mark.skipif(not hasattr(transformers, 'MMGroundingDinoConfig'), reason=NO_MM)
+def test_a_transformers_without_the_architecture_is_told(
+    text_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, 'transformers.models.mm_grounding_dino', None)
+    name = 'transformers.models.mm_grounding_dino.modeling_mm_grounding_dino'
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    detector = convertible(text_dir, SCALED)
+    with pytest.raises(ConfigError, match='has no MMGroundingDino.*install transformers>=4.55'):
+        write_transformers(str(tmp_path / 'out'), detector, merged_weights(detector))
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(

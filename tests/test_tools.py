@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForZeroShotObjectDetection
 
 from mmdet_gdino_lora.lora.store.base import read_weights
-from tests.builders import WORDS, build, data_samples
+from tests.builders import WITH_MM, WORDS, build, data_samples
 from tests.tool_run import TOOLS, Things
 
 TEXTS = '--texts "wheel bolt . cracked tile" --score-thr 0'
@@ -120,6 +120,7 @@ def test_merging_tells_a_mistake(
     assert end.value.code == 2 and told in capsys.readouterr().err
 
 
+@WITH_MM
 def test_merged_for_transformers_transformers_loads_it(
     things: Things, special_tokens: None, tmp_path: Path
 ) -> None:
