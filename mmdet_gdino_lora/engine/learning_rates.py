@@ -7,6 +7,19 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Optional
 
 
+def key_of(keys: Iterable[str], name: str) -> Optional[str]:
+    """Finds what ``paramwise_cfg`` says of a parameter, as mmengine's optimizer constructor does.
+
+    Args:
+        keys: Of ``custom_keys``.
+        name: Of the parameter.
+
+    Returns:
+        The longest key that the name holds, of several the first by the alphabet; None: none.
+    """
+    return max(sorted(key for key in keys if key in name), key=len, default=None)
+
+
 def rate_of(config: Mapping[str, Any], name: str) -> Optional[float]:
     """Says how fast a parameter learns at first.
 
@@ -23,16 +36,14 @@ def rate_of(config: Mapping[str, Any], name: str) -> Optional[float]:
     if not isinstance(rate, (int, float)):
         return None
     keys = (wrapper.get('paramwise_cfg') or {}).get('custom_keys') or {}
-    key = next((k for k in sorted(sorted(keys), key=len, reverse=True) if k in name), None)
+    key = key_of(keys, name)
     return float(rate) * (1.0 if key is None else keys[key].get('lr_mult', 1.0))
 
 
 def multiplied_rates(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     """Tells which of a run's ``paramwise_cfg`` entries also change the learning rate of adapters.
 
-    mmdet's configs slow down backbone and text tower for full fine-tuning. mmengine's optimizer
-    constructor gives a parameter the longest key that its name holds
-    (``DefaultOptimWrapperConstructor``).
+    mmdet's configs slow down backbone and text tower for full fine-tuning.
 
     Args:
         config: A run's config.
@@ -43,12 +54,7 @@ def multiplied_rates(config: Mapping[str, Any], names: Iterable[str]) -> list[st
     """
     wrapper = config.get('optim_wrapper') or {}
     keys = (wrapper.get('paramwise_cfg') or {}).get('custom_keys') or {}
-    longest_first = sorted(sorted(keys), key=len, reverse=True)
-    counts = Counter(
-        next((key for key in longest_first if key in name), None)
-        for name in names
-        if '.lora_' in name
-    )
+    counts = Counter(key_of(keys, name) for name in names if '.lora_' in name)
     return [
         f'{key!r} (lr_mult={keys[key]["lr_mult"]:g}) holds {count} adapter weights'
         for key, count in counts.items()

@@ -18,6 +18,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper, DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
+from mmdet_gdino_lora.engine.learning_rates import key_of
 from mmdet_gdino_lora.engine.unfit import need_gpu
 from mmdet_gdino_lora.errors import ConfigError
 
@@ -74,8 +75,7 @@ class FrozenBaseConstructor(DefaultOptimWrapperConstructor):
         return built
 
     def _tell(self, held: list[str], stops: bool) -> None:
-        keys = sorted(self.paramwise_cfg.get('custom_keys', ()), key=len, reverse=True)
-        key = next((key for key in keys if key in held[0]), '')
+        key = key_of(self.paramwise_cfg.get('custom_keys', ()), held[0])
         where = f'custom_keys[{key!r}].lr_mult=0' if key else 'a multiplier of 0'
         sentence = (
             f'optim_wrapper.paramwise_cfg: {where} holds {len(held)} trained weights in place '
