@@ -202,6 +202,7 @@ LORA_CONFIG = str(ROOT / 'configs' / 'gdino_lora_shapes.py')
 )
 def test_tools_tell_a_mistake_in_one_sentence(tool, monkeypatch, args, expected):
     monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    monkeypatch.setattr('mmdet_gdino_lora.engine.unfit.get_device', lambda: 'cpu')
     status, told = tool(*args)
     assert status == 2
     assert told.startswith('error: ') and expected in told

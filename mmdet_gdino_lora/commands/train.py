@@ -76,9 +76,8 @@ def use_amp(cfg: Config) -> None:
     Raises:
         ConfigError: There is no GPU.
     """
-    import torch
+    from mmdet_gdino_lora.engine.unfit import need_gpu
 
-    if not torch.cuda.is_available():
-        raise ConfigError('--amp needs a GPU, and torch finds none; leave --amp out on a CPU')
+    need_gpu('--amp')
     cfg.optim_wrapper.type = 'AmpOptimWrapper'
     cfg.optim_wrapper.loss_scale = 'dynamic'

@@ -53,14 +53,14 @@ def check_amp(cfg: Mapping[str, Any]) -> None:
         need_gpu()
 
 
-def need_gpu() -> None:
+def need_gpu(setting: str = "optim_wrapper.type='AmpOptimWrapper' (--amp)") -> None:
     """Refuses mixed precision without a GPU.
+
+    Args:
+        setting: What asks for it.
 
     Raises:
         ConfigError: torch finds none.
     """
     if get_device() == 'cpu':
-        raise ConfigError(
-            "optim_wrapper.type='AmpOptimWrapper' (--amp) needs a GPU, and torch finds none; leave "
-            'it out on a CPU'
-        )
+        raise ConfigError(f'{setting} needs a GPU, and torch finds none; leave it out on a CPU')
