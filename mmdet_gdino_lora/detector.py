@@ -137,7 +137,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         self.check_adapters = check_adapters and lora is not None
         self._gradient_check: Optional[GradientCheck] = None
         self._boxes_in_last_step = 0
-        self._rates_told = lora is None
+        self._config_told = lora is None
         self.lost_phrases = LostPhrases()
         self.token_targets = TokenTargets(self.bbox_head.num_classes if dn_cfg else None)
 
@@ -283,7 +283,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
             return self._loss(batch_inputs, batch_data_samples)
 
     def _loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
-        self._tell_learning_rates()
+        self._tell_what_becomes_of_the_config()
         self._watch_gradients(batch_data_samples)
         teacher = None
         if self.retention is not None and self.training and self.retention.is_due():
@@ -303,11 +303,11 @@ class LoRAGroundingDINO(LeanGroundingDINO):
             losses.update(self.retention.loss(self, features, batch_data_samples, teacher))
         return losses
 
-    def _tell_learning_rates(self) -> None:
+    def _tell_what_becomes_of_the_config(self) -> None:
         """Says once what becomes of the run's config here, without a hook in it."""
-        if not self.training or self._rates_told:
+        if not self.training or self._config_told:
             return
-        self._rates_told = True
+        self._config_told = True
         if is_two_lines(runner_config()):
             MMLogger.get_current_instance().info(
                 'What two lines change of this config:\n%s', as_text(changes(self, runner_config()))
