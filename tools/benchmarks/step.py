@@ -141,13 +141,21 @@ class Peak:
         return int(re.search(rf'{key}:\s*(\d+) kB', status).group(1)) * 1024
 
 
+@contextlib.contextmanager
+def precision(device: str) -> Iterator[None]:
+    """On CUDA bfloat16 autocast, for which mmdet's model is repaired; nothing on the CPU."""
+    if device != 'cuda':
+        yield
+        return
+    with torch.autocast('cuda', torch.bfloat16), cs.repaired_sampling():
+        yield
+
+
 def step(contender: cs.Contender, samples: list[dict], watch: Watch) -> float:
     """One training step; returns the loss."""
-    amp = torch.autocast('cuda', torch.bfloat16, enabled=watch.device == 'cuda')
     with watch('data'):
         inputs = contender.data(samples)
-    repaired = cs.repaired_sampling() if watch.device == 'cuda' else contextlib.nullcontext()
-    with watch('forward'), amp, repaired:
+    with watch('forward'), precision(watch.device):
         loss = contender.loss(inputs)
     with watch('backward'):
         loss.backward()
@@ -163,7 +171,7 @@ def host_waits(contender: cs.Contender, samples: list[dict]) -> int:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         torch.cuda.set_sync_debug_mode('warn')
-        with torch.autocast('cuda', torch.bfloat16), cs.repaired_sampling():
+        with precision('cuda'):
             loss = contender.loss(contender.data(samples))
         loss.backward()
         torch.cuda.set_sync_debug_mode('default')
