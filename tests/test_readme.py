@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import shlex
-import subprocess
 from pathlib import Path
 from typing import Callable
 
@@ -29,6 +27,7 @@ from tests.tool_run import (
     blocks,
     dry_make,
     dry_pip,
+    python_of_launcher,
     run_typed,
 )
 
@@ -57,18 +56,8 @@ def its_help(things: Things, command: str) -> None:
 def launcher(things: Things, command: str) -> None:
     """Its command line: tests/test_launchers.py runs it whole."""
     bash, script, *arguments = shlex.split(command)
-    (things.folder / 'bin').mkdir(exist_ok=True)
-    python = things.folder / 'bin/python'
-    python.write_text('#!/usr/bin/env bash\necho "$@"\n')
-    python.chmod(0o755)
-    path = f'{things.folder}/bin:{os.environ["PATH"]}'
-    said = subprocess.run(
-        [bash, str(ROOT / script), *arguments],
-        cwd=things.folder,
-        env=dict(os.environ, PATH=path),
-        capture_output=True,
-        text=True,
-    ).stdout
+    command_line = [bash, ROOT / script, *arguments]
+    said = python_of_launcher(command_line, things.folder, things.folder / 'bin')
     assert f'--nproc_per_node={arguments[1]} {TOOLS}/train.py {arguments[0]}' in said
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from tests.tool_run import (
     dry_make,
     dry_pip,
     inside,
+    python_of_launcher,
     run_typed,
     small,
     write_data,
@@ -115,13 +114,8 @@ def test_mmdets_own_tools(cat: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     mmdets(f'{checkpoint} --work-dir {tmp_path} --out {tmp_path}/found.pkl', cat, monkeypatch)
     assert len(load(tmp_path / 'found.pkl')) == 2
     # tests/test_launchers.py runs it whole.
-    (tmp_path / 'python').write_text('#!/usr/bin/env bash\necho "$@"\n')
-    (tmp_path / 'python').chmod(0o755)
-    path = f'{tmp_path}:{os.environ["PATH"]}'
-    bash = shlex.split(ranks.replace('$MMDET', str(MMDET)))
-    said = subprocess.run(
-        bash, cwd=cat, env=dict(os.environ, PATH=path), capture_output=True, text=True
-    ).stdout
+    command_line = shlex.split(ranks.replace('$MMDET', str(MMDET)))
+    said = python_of_launcher(command_line, cat, tmp_path / 'bin')
     assert '--nproc_per_node=2' in said and f'{MMDET}/tools/train.py cat.py' in said
 
 

@@ -167,6 +167,25 @@ def run_typed(command: str, folder: Path) -> None:
         sys.argv, gdino_lora.starts = argv, started
 
 
+def python_of_launcher(command: Sequence[object], folder: Path, programs: Path) -> str:
+    """Starts a launcher whose ``python`` says what it is called with, and does nothing.
+
+    Args:
+        command: Words of the command line.
+        folder: Where it is typed.
+        programs: Where that ``python`` is written.
+
+    Returns:
+        What the launcher and it said.
+    """
+    programs.mkdir(exist_ok=True)
+    (programs / 'python').write_text('#!/usr/bin/env bash\necho "$@"\n')
+    (programs / 'python').chmod(0o755)
+    env = dict(os.environ, PATH=f'{programs}:{os.environ["PATH"]}')
+    words = list(map(str, command))
+    return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True).stdout
+
+
 def dry_make(command: str) -> None:
     """`make -n`: that there is such a goal; whole, it makes an environment and runs this suite."""
     done = subprocess.run([*command.split(), '-n'], cwd=ROOT, capture_output=True, text=True)
