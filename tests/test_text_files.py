@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import socketserver
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import BertConfig, BertModel
 
 from mmdet_gdino_lora.errors import ConfigError
-from mmdet_gdino_lora.text import CaptionTokenizer, GroundingTextEncoder
+from mmdet_gdino_lora.text import CaptionTokenizer, GroundingTextEncoder, files
 from mmdet_gdino_lora.text.files import text_model
+from mmdet_gdino_lora.text.hub import hub_is_out_of_reach
 
 
 @pytest.fixture
@@ -73,3 +78,36 @@ def test_what_the_hub_and_its_client_raise_is_called_missing() -> None:
             raise error
 
         assert 'nor on the hub' in told(lambda: text_model('owner/model', load))
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
+    """First lines of those that a hub got which hangs up on everybody."""
+    made: list[str] = []
+
+    class HangUp(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            made.append(self.request.recv(4096).split(b'\r\n')[0].decode())
+
+    with socketserver.ThreadingTCPServer(('127.0.0.1', 0), HangUp) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f'http://127.0.0.1:{server.server_address[1]}'
+        monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
+        monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
+        hub_is_out_of_reach.cache_clear()
+        yield made
+        server.shutdown()
+    hub_is_out_of_reach.cache_clear()
+
+
+def test_a_hub_out_of_reach_is_tried_once(requests: list[str]) -> None:
+    for load in (CaptionTokenizer, GroundingTextEncoder):
+        assert 'nor on the hub' in told(lambda: load('owner/model'))  # noqa: B023
+    asked = [line for line in requests if line.startswith('HEAD')]
+    assert len(asked) == 1, asked
+
+
+def test_a_hub_that_answers_is_asked_by_whoever_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, 'hub_is_out_of_reach', lambda: False)
+    assert text_model('owner/model', lambda name, **given: given) == {}

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.files.read import shards_of
+from mmdet_gdino_lora.text.hub import hub_is_out_of_reach, is_network_error
 
 _T = TypeVar('_T')
 
@@ -48,6 +49,8 @@ def text_model(name: str, load: Callable[..., _T], **kwargs: Any) -> _T:
             f'{what}: no text model there, the folder does not exist; give a folder with '
             'config.json and vocab.txt or tokenizer.json'
         )
+    elif hub_is_out_of_reach():
+        kwargs = dict(kwargs, local_files_only=True)
     try:
         return load(name, **kwargs)
     except Exception as error:
@@ -154,7 +157,7 @@ def _told(error: Exception, in_folder: bool) -> Optional[str]:
     not_there = OSError if in_folder else (OSError, ValueError)
     # transformers 4 says so with an OSError, whatever kept it from reading the file
     damaged = reason.startswith('Unable to load weights')
-    if not damaged and (isinstance(error, not_there) or _is_of_network(error)):
+    if not damaged and (isinstance(error, not_there) or is_network_error(error)):
         where = '' if in_folder else ' (no folder of that name, nor on the hub)'
         return (
             f': no text model there{where}: {reason}; give a folder with config.json, vocab.txt '
@@ -167,12 +170,6 @@ def _told(error: Exception, in_folder: bool) -> Optional[str]:
             'another model, download it again or give another one'
         )
     return None
-
-
-def _is_of_network(error: Exception) -> bool:
-    # huggingface_hub lets its client's own errors through: requests', then httpx'
-    packages = {base.__module__.partition('.')[0] for base in type(error).__mro__}
-    return not packages.isdisjoint({'requests', 'httpx', 'httpx2'})
 
 
 def _first_line(error: Exception) -> str:
