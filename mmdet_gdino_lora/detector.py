@@ -46,7 +46,8 @@ from mmdet_gdino_lora.lora import (
 from mmdet_gdino_lora.phrases import LostPhrases, without_lost
 from mmdet_gdino_lora.prediction import captions_to_predict, detect, validate
 from mmdet_gdino_lora.retain import Retention
-from mmdet_gdino_lora.samples import TokenTargets, caption_of, is_free_text
+from mmdet_gdino_lora.route import Route, check_not_free_text
+from mmdet_gdino_lora.samples import TokenTargets, caption_of, is_free_text, names_in
 from mmdet_gdino_lora.text import TokenizedCaption
 from mmdet_gdino_lora.transformer import LeanGroundingDINO
 
@@ -77,6 +78,8 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         retain: ``names`` of classes that must survive, ``weight`` and ``every``, as for
             :class:`~.retain.Retention`: the base teaches the adapted model what it knew.
         bbox_head: Config of the head.
+        test_cfg: Beside mmdet's keys, ``chunked_size`` (most names of a caption) and ``route``
+            (who answers for which names, see :class:`~.route.Route`).
         dn_cfg: Config of the denoising queries; None switches denoising off.
         **kwargs: As for ``GroundingDINO``.
 
@@ -134,6 +137,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
                     'model.lora as well.'
                 )
             self.retention = Retention.from_config(self.language_model.caption_tokenizer, retain)
+        self.route = Route.from_config((self.test_cfg or {}).get('route'), lora is not None)
         self.check_adapters = check_adapters and lora is not None
         self._gradient_check: Optional[GradientCheck] = None
         self._boxes_in_last_step = 0
@@ -290,6 +294,8 @@ class LoRAGroundingDINO(LeanGroundingDINO):
             # Before any graph exists: to be the base, freed parameters change in place.
             teacher = self.retention.ask_teacher(self, batch_inputs, batch_data_samples)
         captions = self.captions(batch_data_samples)
+        if self.training:
+            lora_state(self).shown(names_in(captions))
         self.lost_phrases.count(batch_data_samples, [[c] for c in captions], lost_boxes=True)
         batch_data_samples = without_lost(batch_data_samples, captions)
         text_dict = self.encode_text(captions)
@@ -351,6 +357,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         """
         with precision.autocast(batch_inputs.device, self._base_dtype):
             if any(map(is_free_text, batch_data_samples)):
+                check_not_free_text(self.route)
                 return super().predict(batch_inputs, batch_data_samples, rescale)
             captions = captions_to_predict(self, batch_data_samples)
             detect(self, batch_inputs, batch_data_samples, captions, rescale)

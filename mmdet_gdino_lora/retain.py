@@ -25,7 +25,7 @@ from torch import Tensor
 from mmdet_gdino_lora.checks.adapter import check_retain
 from mmdet_gdino_lora.checks.findings import tell
 from mmdet_gdino_lora.errors import ConfigError
-from mmdet_gdino_lora.lora import base_only, evaluating, lora_state
+from mmdet_gdino_lora.lora import IMAGE_TOWER, base_only, evaluating, lora_state
 from mmdet_gdino_lora.objective.boxes import l1_and_giou
 from mmdet_gdino_lora.text import CaptionTokenizer, TokenizedCaption
 
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 WEIGHTS = dict(ce=2.0, bbox=5.0, giou=2.0)
 """Of the three parts to each other, as in the objective."""
 
-
-IMAGE_TOWER = {'backbone', 'neck'}
-"""Parts of the detector that make the image features."""
 
 BEHIND_ENCODER = {
     'decoder',

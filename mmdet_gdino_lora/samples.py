@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
 import torch
@@ -11,9 +11,12 @@ from mmdet.structures import SampleList
 from torch import Tensor
 
 from mmdet_gdino_lora.errors import ConfigError, NoWordError
-from mmdet_gdino_lora.text import CaptionTokenizer, TokenizedCaption, prompted, split_names
+from mmdet_gdino_lora.text import CaptionTokenizer, TokenizedCaption, prompted, split_names, spoken
 from mmdet_gdino_lora.text.caption import ClassName
 from mmdet_gdino_lora.text.readable import readable
+
+#: Who answers for a class: the name of an adapter; None: the base.
+Owner = Optional[str]
 
 
 def caption_of(sample: Any, tokenizer: CaptionTokenizer) -> TokenizedCaption:
@@ -61,19 +64,62 @@ def captions_of(
         return given
     caption = _written_caption(sample, tokenizer)
     if caption is None or (chunk_size and caption.made_of is not None and not caption.sampled):
-        names, labels = _classes(sample)
-        places = readable(tokenizer, names, sample.get('img_path', ''))
-        if len(places) < len(names):
-            labels = [place if labels is None else labels[place] for place in places]
-            names = [names[place] for place in places]
+        names, labels = _readable_classes(sample, tokenizer)
         return tokenizer.in_chunks(names, labels, chunk_size=chunk_size)
+    _check_whole(caption)
+    return (caption,)
+
+
+def captions_by_owner(
+    sample: Any,
+    tokenizer: CaptionTokenizer,
+    owners_of: Callable[[Sequence[ClassName]], Sequence[Owner]],
+    chunk_size: int = 0,
+) -> dict[Owner, tuple[TokenizedCaption, ...]]:
+    """As :func:`captions_of`, where several answer and each for names of its own.
+
+    Args:
+        sample: As for :func:`caption_of`.
+        tokenizer: The text encoder's.
+        owners_of: Says who answers for each class.
+        chunk_size: As for :func:`captions_of`.
+
+    Returns:
+        By owner the captions of its classes, in the order of its first class. Where one owner has
+        all, they are those of :func:`captions_of`.
+
+    Raises:
+        ConfigError: As :func:`captions_of`; or somebody wrote the caption, in which names stand
+            that can't be taken apart.
+    """
+    caption = _written_caption(sample, tokenizer)
+    if caption is not None:
+        _check_whole(caption)
+        if caption.made_of is None:
+            raise ConfigError(
+                f'model.test_cfg.route gives every class name to who was taught it, and the text '
+                f'of {sample.get("img_path", "an image")} is a caption ({caption.text[:60]!r}); '
+                'give class names, or set model.test_cfg.route=False'
+            )
+    names, labels = _readable_classes(sample, tokenizer)
+    owners = owners_of(names)
+    result: dict[Owner, tuple[TokenizedCaption, ...]] = {}
+    for owner in dict.fromkeys(owners):
+        places = [place for place, other in enumerate(owners) if other == owner]
+        own, of_all = [names[place] for place in places], len(places) == len(names)
+        own_labels = labels if of_all else [labels[p] if labels else p for p in places]
+        result[owner] = tokenizer.in_chunks(own, own_labels, chunk_size=chunk_size)
+    return result
+
+
+def _check_whole(caption: TokenizedCaption) -> None:
+    """Sees to it that a caption to predict from has all classes."""
     if caption.sampled:
         raise ConfigError(
             'TokenSpans.num_negatives is set in the test pipeline, so that captions lack classes, '
             'which then could not be detected; remove it there: classes that take more than one '
             'caption are shown in several'
         )
-    return (caption,)
 
 
 def _written_caption(sample: Any, tokenizer: CaptionTokenizer) -> Optional[TokenizedCaption]:
@@ -82,6 +128,18 @@ def _written_caption(sample: Any, tokenizer: CaptionTokenizer) -> Optional[Token
     if given is None and sample.get('tokens_positive') is not None:
         return tokenizer.from_text(sample.text, sample.tokens_positive, drop_lost=True)
     return given if isinstance(given, TokenizedCaption) else None
+
+
+def _readable_classes(
+    sample: Any, tokenizer: CaptionTokenizer
+) -> tuple[Sequence[ClassName], Optional[Sequence[int]]]:
+    """As :func:`_classes`, without those whose name has no word in it."""
+    names, labels = _classes(sample)
+    places = readable(tokenizer, names, sample.get('img_path', ''))
+    if len(places) < len(names):
+        labels = [place if labels is None else labels[place] for place in places]
+        names = [names[place] for place in places]
+    return names, labels
 
 
 def _classes(sample: Any) -> tuple[Sequence[ClassName], Optional[Sequence[int]]]:
@@ -105,6 +163,23 @@ def _classes(sample: Any) -> tuple[Sequence[ClassName], Optional[Sequence[int]]]
         )
     in_order = labels is None or labels == list(range(len(labels)))
     return names, None if in_order else labels
+
+
+def names_in(captions: Sequence[TokenizedCaption]) -> set[str]:
+    """Lists the classes of captions that are made of class names.
+
+    Args:
+        captions: Others have none.
+
+    Returns:
+        What is said for each, see :func:`~.text.caption.spoken`.
+    """
+    return {
+        spoken(caption.made_of[label])
+        for caption in captions
+        if caption.made_of is not None
+        for label in caption.labels
+    }
 
 
 def is_free_text(sample: Any) -> bool:

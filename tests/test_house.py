@@ -45,7 +45,8 @@ MAY_IMPORT = {
     'head': {'errors', 'objective', 'samples', 'text', 'transfer'},
     'retain': {'checks', 'errors', 'lora', 'objective', 'peft_layers', 'text', 'transfer'},
     'transformer': {'errors', 'layers', 'samples', 'text', 'transfer'},
-    'prediction': {'errors', 'engine', 'layers', 'phrases', 'samples', 'text', 'transfer'},
+    'route': {'checks', 'errors', 'lora', 'samples', 'text'},
+    'prediction': {'errors', 'engine', 'layers', 'phrases', 'route', 'samples', 'text', 'transfer'},
     'evaluation': {'errors'},
     'changes': {'engine', 'errors', 'head', 'lora'},
     'detector': {
@@ -58,6 +59,7 @@ MAY_IMPORT = {
         'phrases',
         'prediction',
         'retain',
+        'route',
         'samples',
         'text',
         'transformer',

@@ -10,12 +10,13 @@ from mmdet_gdino_lora.lora.state import LoraState, lora_state
 from mmdet_gdino_lora.lora.store.base import load_base
 from mmdet_gdino_lora.lora.store.checkpoint import install_hooks
 from mmdet_gdino_lora.lora.store.folder import export_adapter, write_card
-from mmdet_gdino_lora.lora.tensors import ADAPTER
+from mmdet_gdino_lora.lora.tensors import ADAPTER, IMAGE_TOWER
 
 __all__ = [
     'ADAPTER',
     'GROUPS',
     'GradientCheck',
+    'IMAGE_TOWER',
     'PRESETS',
     'LoraState',
     'Report',

@@ -50,6 +50,7 @@ def load_adapter(detector: nn.Module, source: str, name: str) -> None:
         factors = _put_in(detector, _config(note, source, weights), name)
         _fill(factors, {n: w for n, w in weights.items() if is_factor(n)}, source)
         state.switch.add(name, {n: w for n, w in weights.items() if not is_factor(n)})
+        state.knows(name, note.get('taught'))
         set_adapter(detector, state.switch.active)
     except Exception:
         take_out(detector, name)

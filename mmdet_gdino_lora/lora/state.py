@@ -82,6 +82,7 @@ class LoraState:
         self._brought: frozenset[str] = frozenset()
         self._changed: Optional[frozenset[str]] = None
         self._loaded = False
+        self._taught: dict[str, Optional[frozenset[str]]] = {ADAPTER: frozenset()}
 
     # ----------------------------------------------------------------------------- what happened
 
@@ -114,6 +115,26 @@ class LoraState:
         self._loaded = True
         self._brought |= {name for name in names if not is_factor(name)}
         self._changed = None
+
+    def shown(self, names: Iterable[str]) -> None:
+        """Training has shown names to the trained adapter.
+
+        Args:
+            names: What captions say for the classes. Where it isn't known what the adapter was
+                taught before, these are not taken for all.
+        """
+        before = self._taught[ADAPTER]
+        if before is not None and not before.issuperset(names):
+            self._taught[ADAPTER] = before.union(names)
+
+    def knows(self, adapter: str, names: Optional[Iterable[str]]) -> None:
+        """The file of an adapter says which names it was taught.
+
+        Args:
+            adapter: Its name.
+            names: What captions said for the classes; None: the file doesn't say.
+        """
+        self._taught[adapter] = None if names is None else frozenset(names)
 
     def keeps_base_in_checkpoints(self, full: bool) -> None:
         """The user has decided what checkpoints hold.
@@ -170,6 +191,17 @@ class LoraState:
                 names |= self.injection.buffers | self.injection.rewritten
             self._changed = names
         return self._changed
+
+    def taught(self, adapter: str) -> Optional[frozenset[str]]:
+        """Names that an adapter was taught: what captions said for the classes.
+
+        Args:
+            adapter: Its name.
+
+        Returns:
+            The names; None where its file doesn't say.
+        """
+        return self._taught.get(adapter)
 
     def names_to_save(self, detector: nn.Module) -> set[str]:
         """What the base alone doesn't give: the trained adapter and whatever else differs.

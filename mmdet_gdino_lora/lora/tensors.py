@@ -12,6 +12,9 @@ ADAPTER = 'default'
 LABEL_EMBEDDING = 'dn_query_generator.label_embedding.weight'
 """The one weight whose shape depends on the number of classes; only training reads it."""
 
+IMAGE_TOWER = {'backbone', 'neck'}
+"""Parts of a detector that make the image features."""
+
 
 def base_name(name: str) -> str:
     """A parameter's name in the plain detector, from its name in the injected one.

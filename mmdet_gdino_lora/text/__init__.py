@@ -7,6 +7,7 @@ from mmdet_gdino_lora.text.caption import (
     clean_name,
     prompted,
     split_names,
+    spoken,
 )
 from mmdet_gdino_lora.text.encoder import GroundingTextEncoder
 from mmdet_gdino_lora.text.labels import token_labels
@@ -23,5 +24,6 @@ __all__ = [
     'clean_name',
     'prompted',
     'split_names',
+    'spoken',
     'token_labels',
 ]

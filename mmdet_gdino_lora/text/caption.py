@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Optional, Union
 
 from mmdet_gdino_lora.errors import ConfigError
@@ -126,6 +127,20 @@ def as_prompt(name: ClassName) -> Prompt:
         return name
     cleaned = clean_name(name)
     return Prompt(cleaned, cleaned)
+
+
+@lru_cache(maxsize=8192)
+def spoken(name: ClassName) -> str:
+    """Returns what a caption says for a class, in the form in which two are compared.
+
+    Args:
+        name: Its name, or the prompt.
+
+    Returns:
+        ``'hot dog'`` of ``'Hot_dog'``: lower case, single spaces.
+    """
+    prompt = as_prompt(name)
+    return ' '.join(f'{prompt.prefix}{prompt.name}{prompt.suffix}'.lower().split())
 
 
 @dataclass(frozen=True)

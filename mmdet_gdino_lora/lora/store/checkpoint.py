@@ -73,12 +73,13 @@ def record(detector: nn.Module) -> dict[str, Any]:
         Plain values only, as JSON takes them.
     """
     state = lora_state(detector)
-    base = state.base
+    base, taught = state.base, state.taught(ADAPTER)
     return dict(
         format=1,
         adapter=json.loads(json.dumps(state.adapter_config.to_dict(), default=_listed)),
         preset=state.preset,
         changed=sorted(state.changed),
+        taught=None if taught is None else sorted(taught),
         attention_output_factor=peft_out_proj_factor(),
         base=base
         and dict(
@@ -107,9 +108,10 @@ def checked_note(note: Any, what: str) -> dict[str, Any]:
         return {}
     fits = isinstance(note, dict) and all(
         isinstance(note.get(key), (kind, type(None)))
-        for key, kind in (('adapter', dict), ('changed', list), ('base', dict))
+        for key, kind in (('adapter', dict), ('changed', list), ('base', dict), ('taught', list))
     )
     fits = fits and isinstance(note.get('attention_output_factor'), (int, float, type(None)))
+    fits = fits and all(isinstance(name, str) for name in note.get('taught') or ())
     base = (note.get('base') if fits else None) or {}
     fits = fits and (not base or base.keys() == _BASE_FIELDS.keys())
     if not fits or not all(isinstance(base[k], _BASE_FIELDS[k]) for k in base):
@@ -227,6 +229,7 @@ def _from_adapter(
             f'the checkpoint lacks {absent[0]!r} ({len(absent)} of what was trained): it is '
             'damaged; use another copy.'
         )
+    state.knows(ADAPTER, note.get('taught'))
     base = note.get('base')
     if all(name in found for name, _ in detector.named_parameters()):  # the base came along
         state.stands_on(Base(**_base_fields(base)) if base else None)
