@@ -17,6 +17,8 @@ from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from torch import nn
 
+import tests.everywhere  # noqa: F401
+
 #: Of every process: pytest-xdist keeps the other cores busy.
 THREADS = 1
 WITH_MM = pytest.mark.skipif(
@@ -219,8 +221,8 @@ def _copied(cfg: dict) -> ConfigDict:
 def build(text_dir: str, **overrides: Any) -> nn.Module:
     """Builds the small ``LoRAGroundingDINO`` from the running random numbers.
 
-    ``conftest.py`` seeds them before every test, so two detectors of one test differ in what no
-    file gave them: a weight that was not loaded cannot pass for one that was.
+    ``tests/fixtures.py`` seeds them before every test, so two detectors of one test differ in what
+    no file gave them: a weight that was not loaded cannot pass for one that was.
 
     Args:
         text_dir: Folder of the text model.
