@@ -59,8 +59,7 @@ def loss_curve(detector: LoRAGroundingDINO, lr: float, dtype: torch.dtype) -> li
     ('preset', 'lr', 'dtype', 'tolerance'),
     [
         ('decoder', 1e-4, torch.float32, 1e-4),
-        ('all', 3e-5, torch.float32, 1e-4),
-        # At this rate float32 comes, after some 30 steps, to a tie in matching or query selection
+        # In float32 this one comes, after some 30 steps, to a tie in matching or query selection
         # that rounding decides, and the curves part; in float64 they don't.
         ('all', 1e-4, torch.float64, 1e-6),
     ],
