@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 from collections.abc import Iterator
 from functools import cache
 from graphlib import TopologicalSorter
@@ -172,6 +173,18 @@ def test_no_test_module_imports_from_another() -> None:
             f'{module}.{name}' for module, names in imported(parsed(path)) for name in names or ['']
         ]
         assert not [m for m in modules if m.startswith('tests.test_')], path.name
+
+
+def test_lint_looks_at_every_source_and_at_nobody_elses() -> None:
+    said = subprocess.run(['make', '-n', 'lint'], cwd=ROOT, capture_output=True, text=True).stdout
+    commands = [line.split() for line in said.splitlines() if ' -m ruff ' in line]
+    assert len(commands) == 2
+    tests = set((ROOT / 'tests').rglob('*.py'))
+    for command in commands:
+        checked = {ROOT / word for word in command if (ROOT / word).exists()}
+        assert ROOT not in checked
+        for path in tests.union(SOURCES, [ROOT / 'setup.py']):
+            assert checked & {path, *path.parents}, path
 
 
 def test_the_architecture_page_names_files_that_exist() -> None:
