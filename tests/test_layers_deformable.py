@@ -10,6 +10,7 @@ import pytest
 import torch
 from mmcv.ops import MultiScaleDeformableAttention
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from mmdet_gdino_lora.layers import deformable
@@ -18,6 +19,7 @@ from mmdet_gdino_lora.layers.exchange import exchange_layers
 from mmdet_gdino_lora.layers.levels import level_tensors
 from mmdet_gdino_lora.layers.precision import cast_frozen
 from tests.builders import WORDS, build, data_samples
+from tests.launches import Launches
 
 LEVELS = [torch.zeros(1, 1, *size) for size in ((9, 7), (5, 4), (2, 3), (1, 1))]
 POSITIONS = sum(level.numel() for level in LEVELS)
@@ -169,6 +171,45 @@ def test_devices_without_a_kernel_take_the_definition() -> None:
     assert len(ways) == 3
     assert sampler('cpu', False) is sampler('cpu', True)
     assert sampler('xpu', True) is sampler('cuda', False)
+
+
+@pytest.mark.parametrize(
+    ('device', 'has_ops', 'told'), [('cuda', False, 1), ('cuda', True, 0), ('cpu', False, 0)]
+)
+def test_a_gpu_without_kernels_is_told_once_what_that_costs(
+    monkeypatch: pytest.MonkeyPatch, device: str, has_ops: bool, told: int
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(MMLogger.get_current_instance(), 'warning', warnings.append)
+    deformable._tell_what_no_kernel_costs.cache_clear()
+    for _ in range(2):
+        sampler(device, has_ops)
+    assert len(warnings) == told
+    assert all('10 operations instead of 2' in warning for warning in warnings)
+
+
+def test_what_no_kernel_costs_is_what_the_definition_asks_for_and_keeps() -> None:
+    sizes = [(100, 167), (50, 84), (25, 42), (13, 21)]  # of an image of 800 x 1333
+    positions = sum(height * width for height, width in sizes)
+    given = dict(device='meta', requires_grad=True)
+    value = torch.empty(1, positions, 8, 32, **given)
+    locations = torch.empty(1, positions, 8, 4, 4, 2, **given)
+    weights = torch.empty(1, positions, 8, 4, 4, **given)
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), Launches() as way:
+        out = multi_scale_deformable_attn_pytorch(value, sizes, locations, weights)
+    with Launches() as back:
+        out.backward(torch.empty_like(out))
+    assert (way.counts.total(), back.counts.total()) == (10, 18)
+    assert round(sum(storage.nbytes() for storage in kept.values()) / 1e9, 2) == 0.42
+    inputs = sum(tensor.numel() * 4 for tensor in (value, locations, weights))  # the kernel's
+    assert round(inputs / 1e9, 2) == 0.06
 
 
 @pytest.mark.parametrize('autocast', [None, torch.float16])
