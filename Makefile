@@ -1,5 +1,6 @@
 # make demo   a Grounding DINO learns new objects through LoRA adapters, in minutes, on a CPU
 # make test   lint and tests
+# make gpu    where there is a GPU: its tests, the benchmarks and the demo; work_dirs/gpu/report.md
 # make test-faults   kills, full disks, NaN and the like in real training processes; slow
 # make env    the environment both use; nothing is redone when nothing changed
 # make test STACK=onedl   the same on OneDL's line of mmcv, mmengine and mmdet
@@ -30,7 +31,7 @@ SOURCES := configs mmdet_gdino_lora tests tools gdino_lora.py setup.py
 # Nothing here talks to a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: env demo test test-faults lint format check-stack stack-lowest stack-highest
+.PHONY: env demo test test-faults gpu lint format check-stack stack-lowest stack-highest
 
 env: $(STAMP)
 
@@ -73,6 +74,9 @@ format: env
 
 test: lint
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+gpu: env
+	$(RUN) tools/gpu_report.py
 
 test-faults: env
 	OMP_NUM_THREADS=1 $(RUN) -W ignore -m tests.faults

