@@ -8,7 +8,7 @@
 #             versions that setup.py and the check at import allow; slow: builds an environment each
 #
 # PYTHON=  the interpreter that makes the environment     VENV=  where it lies
-# STACK=   the versions in it: requirements/tested.txt, onedl.txt, lowest.txt or highest.txt
+# STACK=   the versions in it: requirements/tested.txt, onedl.txt, lowest.txt, highest.txt or gpu.txt
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -18,6 +18,7 @@ PYTHON_tested := python3.11
 PYTHON_onedl := python3.11
 PYTHON_lowest := python3.10
 PYTHON_highest := python3.12
+PYTHON_gpu := python3.12
 PYTHON ?= $(shell command -v $(PYTHON_$(STACK)) || command -v python3)
 VENV ?= $(if $(filter tested,$(STACK)),.venv,.venv-$(STACK))
 PINS := requirements/$(STACK).txt
