@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import importlib
 import json
+import re
 import time
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from tests.tool_run import TOOLS
+from tests.tool_run import ROOT, TOOLS, dry_make
 
 STEPS = """\
 round 1: ours, decoder: 0.09 s
@@ -128,7 +129,7 @@ def test_one_part_is_made_again_and_the_others_stay(tool, monkeypatch, tmp_path)
 
 def test_every_part_is_a_command_of_this_project(tool) -> None:
     for name, made_of in tool.PARTS.items():
-        assert (TOOLS.parent / next(a for a in made_of.arguments if a.endswith('.py'))).is_file()
+        assert (ROOT / next(a for a in made_of.arguments if a.endswith('.py'))).is_file()
         assert made_of.seconds <= 300, name
 
 
@@ -145,3 +146,15 @@ def test_ratios_are_of_steps_alone(tool) -> None:
     assert ratios(['| | ms |', '|---|--:|', '| ours | 2 |']) is None
     # Of a table that was cut off there is nothing to show.
     assert tables('| a |\n|---|\n') == []
+
+
+def test_what_the_page_types_is_there() -> None:
+    page = (ROOT / 'docs/cuda.md').read_text()
+    lines = ''.join(re.findall(r'```shell\n(.*?)```', page, flags=re.DOTALL)).splitlines()
+    assert len(lines) > 5
+    for line in lines:
+        words = [word for word in line.split() if '=' not in word]
+        if words[0] == 'make':
+            dry_make(' '.join(words))
+        files = [word for word in words if word.endswith(('.py', '.sh'))]
+        assert all((ROOT / file).is_file() for file in files), line
