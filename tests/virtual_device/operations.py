@@ -1,4 +1,4 @@
-"""What ATen is asked for: where it runs, what it launches, when the host waits, what CUDA refuses."""
+"""What ATen is asked for: where it runs, what it launches, who waits, and what CUDA refuses."""
 
 from __future__ import annotations
 
@@ -286,9 +286,8 @@ class Operations(TorchDispatchMode):
                 self.wait('a mask as index')
         elif kind.name == 'repeat_interleave' and kwargs.get('output_size') is None:
             self.wait('repeat_interleave without output_size')
-        elif kind.name in ('masked_fill', 'masked_fill_') and len(given) == 3:
-            if places[2] is Place.DEVICE:
-                self.wait('masked_fill with a value on the device')
+        elif kind.name in ('masked_fill', 'masked_fill_') and places[2:] == [Place.DEVICE]:
+            self.wait('masked_fill with a value on the device')
 
     def _check_pinned(self, given: list[Tensor], places: list[Place], kind: Kind) -> None:
         if not self._in_flight or not kind.launches:
