@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
@@ -43,14 +42,6 @@ def words(minilm: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     config.update(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
     (folder / 'config.json').write_text(json.dumps(config))
     return str(folder)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _collected_once() -> Iterator[None]:
-    """mmengine collects garbage whenever a data set is built, a third of a second each."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def trains(cfg: Config) -> bool:
