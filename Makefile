@@ -74,7 +74,7 @@ format: env
 	$(RUN) -m ruff format $(SOURCES)
 
 test: lint
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 gpu: env
 	$(RUN) tools/gpu_report.py

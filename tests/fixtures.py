@@ -1,4 +1,4 @@
-"""Settings and fixtures shared by all rooms' tests."""
+"""Settings, order and fixtures of all rooms' tests."""
 
 from __future__ import annotations
 
@@ -22,12 +22,21 @@ from tests.builders import THREADS, build, tiny_text_model, write_base
 from tests.faults.smallest import model as smallest_model
 from tests.tool_run import Things
 
+#: Test files of half a minute and more.
+LONGEST = ('test_installed_configs', 'test_layers_training', 'test_wheel', 'test_onnx')
+LONGEST += ('test_launchers', 'test_resuming', 'test_configs')
 _TESTS = itertools.count()
 # The same examples in every run, however slow the machine.
 settings.register_profile('suite', derandomize=True, deadline=None)
 settings.load_profile('suite')
 register_all_modules(init_default_scope=True)
 torch.set_num_threads(THREADS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that pytest-xdist's workers end together."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope='session')
