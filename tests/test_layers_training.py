@@ -15,7 +15,6 @@ from mmdet_gdino_lora import LoRAGroundingDINO
 from mmdet_gdino_lora.layers.exchange import LEAN
 from tests.builders import SMALL_ENCODER, data_samples, detector_cfg
 
-STEPS = 50
 NAMES = ['red circle', 'blue circle', 'dog', 'hot dog']
 
 
@@ -36,35 +35,37 @@ def with_mmdets_layers(detector: LoRAGroundingDINO) -> LoRAGroundingDINO:
     return detector
 
 
-def loss_curve(detector: LoRAGroundingDINO, lr: float, dtype: torch.dtype) -> list[float]:
+def loss_curve(detector: LoRAGroundingDINO, steps: int, dtype: torch.dtype) -> list[float]:
     torch.manual_seed(1)
     detector.to(dtype).train()
-    optimizer = torch.optim.AdamW([p for p in detector.parameters() if p.requires_grad], lr=lr)
+    trained = [p for p in detector.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
     images = torch.randn(2, 3, 64, 64).to(dtype)
     samples = data_samples(NAMES, [3, 1])
     for sample in samples:
         sample.gt_instances.bboxes = sample.gt_instances.bboxes.to(dtype)
     curve = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         loss = sum(detector.loss(images, copy.deepcopy(samples)).values())
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(detector.parameters(), 0.1)
+        torch.nn.utils.clip_grad_norm_(trained, 0.1)
         optimizer.step()
         curve.append(loss.item())
     return curve
 
 
 @pytest.mark.parametrize(
-    ('preset', 'lr', 'dtype', 'tolerance'),
+    ('preset', 'steps', 'dtype', 'tolerance'),
     [
-        ('decoder', 1e-4, torch.float32, 1e-4),
-        # In float32 this one comes, after some 30 steps, to a tie in matching or query selection
-        # that rounding decides, and the curves part; in float64 they don't.
-        ('all', 1e-4, torch.float64, 1e-6),
+        # After 30 or 40 steps, which depends on the processor too, float32 comes to a tie in
+        # matching or query selection that rounding decides, and the curves part; in float64 they
+        # don't.
+        ('decoder', 25, torch.float32, 1e-4),
+        ('all', 50, torch.float64, 1e-6),
     ],
 )
-def test_loss_curve_equals_the_one_with_mmdets_layers(text_dir, preset, lr, dtype, tolerance):
+def test_loss_curve_equals_the_one_with_mmdets_layers(text_dir, preset, steps, dtype, tolerance):
     cfg = detector_cfg(text_dir, lora=dict(preset=preset, r=4))
     # Dropout would draw other numbers in other layers.
     cfg['encoder'] = copy.deepcopy(SMALL_ENCODER)
@@ -75,6 +76,6 @@ def test_loss_curve_equals_the_one_with_mmdets_layers(text_dir, preset, lr, dtyp
     lean.language_model.is_init = True
     lean.init_weights()
     plain = with_mmdets_layers(copy.deepcopy(lean))
-    expected, actual = loss_curve(plain, lr, dtype), loss_curve(lean, lr, dtype)
+    expected, actual = loss_curve(plain, steps, dtype), loss_curve(lean, steps, dtype)
     assert expected[-1] < 0.95 * expected[0]
     assert actual == pytest.approx(expected, rel=tolerance)
