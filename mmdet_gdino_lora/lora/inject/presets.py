@@ -54,14 +54,14 @@ def adaptable_modules(detector: nn.Module) -> dict[str, nn.Module]:
         Linear, Conv2d, Embedding and MultiheadAttention modules, in the order of the module tree.
     """
     found: dict[str, nn.Module] = {}
-    inner: list[str] = []
-    for name, module in detector.named_modules():
-        if any(name.startswith(prefix) for prefix in inner):
+    inside: Optional[str] = None
+    for name, module in detector.named_modules():  # what is in a module comes right behind it
+        if inside is not None and name.startswith(inside):
             continue
         module = without_adapter(module)
         if isinstance(module, _ADAPTABLE_TYPES):
             found[name] = module
-            inner.append(name + '.')
+            inside = name + '.'
     return found
 
 
