@@ -22,7 +22,7 @@ from mmdet_gdino_lora.lora.inject.presets import (
 )
 from mmdet_gdino_lora.lora.inject.size import check_size
 from mmdet_gdino_lora.lora.tensors import ADAPTER
-from mmdet_gdino_lora.peft_layers.insertion import insert
+from mmdet_gdino_lora.peft_layers.insertion import insert, matches
 
 DEFAULT_PRESET = 'decoder'
 
@@ -91,8 +91,9 @@ def resolve_targets(
     wanted: list[str] = []
     if preset or not config.target_modules:
         names = preset_targets(detector, preset or DEFAULT_PRESET, train_box_head=train_box_head)
+        # These are whole names: all that the config can do to them is to leave some out.
         probe = dataclasses.replace(config, target_modules=names)
-        wanted += [name for name in user_targets(detector, probe) if name in names]
+        wanted += [name for name in names if matches(probe, name)]
     if config.target_modules:
         chosen = user_targets(detector, config)
         frozen = sorted(frozen_by_backbone(detector).intersection(chosen))
@@ -104,7 +105,8 @@ def resolve_targets(
                 'backbone.frozen_stages=-1 (the base stays frozen anyway) or leave it out.'
             )
         wanted += chosen
-    targets = [name for name in adaptable_modules(detector) if name in set(wanted)]
+    kept = set(wanted)
+    targets = [name for name in adaptable_modules(detector) if name in kept]
     if not targets:
         raise ConfigError(
             f'lora.exclude_modules={config.exclude_modules!r} and lora.layers_to_transform='
