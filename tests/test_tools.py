@@ -140,9 +140,10 @@ def test_shrinking_halves_the_file_and_keeps_the_values(things: Things, tmp_path
     assert os.path.getsize(out) < 0.55 * os.path.getsize(things.base)
     halves, weights = load_file(out), read_weights(things.base)
     assert halves.keys() == weights.keys()
+    assert {w.is_floating_point() for w in weights.values()} == {True, False}
     for name, weight in weights.items():
         kept = weight.half() if weight.is_floating_point() else weight
-        assert torch.equal(halves[name], kept)
+        assert halves[name].dtype == kept.dtype and torch.equal(halves[name], kept)
     with pytest.raises(SystemExit):
         things.run(f'python tools/shrink_checkpoint.py {things.base} {tmp_path}/half.pth')
 

@@ -11,7 +11,7 @@ class Mutation(NamedTuple):
     """One mistake.
 
     Attributes:
-        room: objective, adapters, store, retain or text.
+        room: objective, adapters, store, retain, text, phrases, export or commands.
         file: That it is planted in, from the checkout's root.
         what: The mistake in words.
         old: Code that stands exactly once in the file.
@@ -165,4 +165,40 @@ TEXT = [
         'test_token_spans'),
 ]  # fmt: skip
 
-MUTATIONS = [*OBJECTIVE, *ADAPTERS, *STORE, *RETAIN, *TEXT]
+PHRASES = [
+    _of('phrases', 'phrases.py', 'boxes of phrases that nobody saw count',
+        'copy.gt_instances.labels = labels.masked_fill(lost, -1)',
+        'copy.gt_instances.labels = labels', 'test_lost_phrases'),
+    _of('phrases', 'phrases.py', 'every batch warns',
+        'if not self._told:', 'if True:', 'test_lost_phrases'),
+    _of('phrases', 'phrases.py', 'images are counted once for each of their phrases',
+        'self.images += 1', 'self.images += len(caption.lost)', 'test_lost_phrases'),
+    _of('phrases', 'text/prompts.py', 'what a caption says becomes the name of the class',
+        'Prompt(prompt.class_name, clean_name(words).strip(),',
+        'Prompt(clean_name(words).strip(), clean_name(words).strip(),', 'test_prompts'),
+    _of('phrases', 'text/prompts.py', "words drive out mmdet's prefix and suffix",
+        'prompt.prefix, prompt.suffix)', "'', '')", 'test_prompts'),
+]  # fmt: skip
+
+EXPORT = [
+    _of('export', 'export/onnx_runner.py', 'boxes stay in the pixels of the resized image',
+        'boxes = boxes[kept] * np.tile(ratio, 2).astype(np.float32)', 'boxes = boxes[kept]',
+        'test_onnx'),
+    _of('export', 'export/onnx_runner.py', 'positions go on through the whole caption',
+        'np.arange(len(input_ids)) - np.flatnonzero(starts)[segments]',
+        'np.arange(len(input_ids))', 'test_onnx'),
+    _of('export', 'export/onnx_runner.py', "a name runs over its caption's end",
+        'full = used + len(ids) > self._room or', 'full = used > self._room or', 'test_onnx'),
+    _of('export', 'export/graph.py', 'the score of a class is a sum over its tokens',
+        '(means / means.sum(1, keepdim=True)).t()', 'means.t()', 'test_onnx'),
+]  # fmt: skip
+
+COMMANDS = [
+    _of('commands', 'commands/merge_adapter.py', 'a merge knows no scale',
+        'weights = merged_weights(detector, args.scale)', 'weights = merged_weights(detector)',
+        'test_tools'),
+    _of('commands', 'commands/shrink_checkpoint.py', 'whole numbers are halved, too',
+        'w.half() if w.is_floating_point() else w', 'w.half()', 'test_tools'),
+]  # fmt: skip
+
+MUTATIONS = [*OBJECTIVE, *ADAPTERS, *STORE, *RETAIN, *TEXT, *PHRASES, *EXPORT, *COMMANDS]
