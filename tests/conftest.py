@@ -6,6 +6,12 @@ torch nor mmdet, for which its workers would wait ten seconds.
 
 from __future__ import annotations
 
+import os
+
+# The tests are of a CPU, on a machine with a GPU too; test_cuda.py's alone ask for the card.
+if os.environ.get('GPU_TESTS') != '1':
+    os.environ['CUDA_VISIBLE_DEVICES'] = ''
+
 import pytest
 
 

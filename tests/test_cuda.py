@@ -18,7 +18,7 @@ from tests.builders import WORDS, build, data_samples
 from tests.run_small import config
 
 if not torch.cuda.is_available():
-    pytest.skip('needs a GPU', allow_module_level=True)
+    pytest.skip('needs a GPU, and GPU_TESTS=1', allow_module_level=True)
 
 SIZE = 96
 SETTINGS = {

@@ -5,13 +5,13 @@ from __future__ import annotations
 import fcntl
 import importlib
 import json
+import os
 import re
 import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 from tests.tool_run import ROOT, TOOLS, dry_make
 
@@ -46,7 +46,6 @@ def made(tool: ModuleType, folder: Path, *arguments: str) -> tuple[int, str]:
     return end.value.code, (folder / 'report.md').read_text()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU here')
 def test_without_a_card_it_says_so_in_one_sentence(monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(str(TOOLS))
     monkeypatch.chdir(tmp_path)
@@ -131,6 +130,13 @@ def test_every_part_is_a_command_of_this_project(tool) -> None:
     for name, made_of in tool.PARTS.items():
         assert (ROOT / next(a for a in made_of.arguments if a.endswith('.py'))).is_file()
         assert made_of.seconds <= 300, name
+
+
+def test_the_card_is_hidden_from_all_tests_but_those_of_a_gpu(tool, monkeypatch, tmp_path) -> None:
+    assert os.environ['CUDA_VISIBLE_DEVICES'] == ''
+    code = 'import os; print("| a |\\n|---|\\n|", os.environ["GPU_TESTS"], "|")'
+    monkeypatch.setattr(tool, 'PARTS', dict(tests=part(tool, 'Tests', code)))
+    assert made(tool, tmp_path, '--parts', 'tests')[1].endswith('| 1 |\n')
 
 
 def test_ratios_are_of_steps_alone(tool) -> None:

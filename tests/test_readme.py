@@ -65,6 +65,7 @@ def launcher(things: Things, command: str) -> None:
 COMMANDS: dict[str, Callable[[Things, str], None]] = {
     'make demo': dry,
     'make test': dry,
+    'make gpu': dry,
     'make test-faults': dry,
     'make env': dry,
     'make stack-lowest PYTHON=python3.10': dry,

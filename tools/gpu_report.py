@@ -79,7 +79,7 @@ def run(part: Part, seconds: float, log: Path) -> Record:
     Returns:
         What came of it.
     """
-    environment = dict(os.environ, HF_HUB_OFFLINE='1', PYTHONUNBUFFERED='1')
+    environment = dict(os.environ, HF_HUB_OFFLINE='1', PYTHONUNBUFFERED='1', GPU_TESTS='1')
     begin = time.monotonic()
     with log.open('w') as file:
         process = subprocess.Popen(
