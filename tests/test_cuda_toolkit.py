@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,3 +111,49 @@ def test_a_torch_without_cuda_is_told_so(toolkit, monkeypatch):
     monkeypatch.setattr(torch.version, 'cuda', None)
     with pytest.raises(SystemExit, match='^error: torch .* is a build without CUDA$'):
         toolkit.main()
+
+
+#: In place of an interpreter: a torch that finds a card, no compiler, and a pip that tells its
+#: environment. What mmcv has is in the file that it writes.
+PYTHON = """\
+#!/usr/bin/env bash
+here=$(dirname "$0")
+case "$*" in
+  *get_device_capability*) echo cuda12.6-sm8.6 ;;
+  *print*cache_tag*) echo "torch-${*: -1}" ;;
+  *find_spec*) echo "$here/torch" ;;
+  *get_compiling_cuda_version*) [ -z "${*: -1}" ] && [ -f "$here/mmcv" ] ;;
+  *cuda_toolkit.py*) echo 'no nvcc for CUDA 12.6' >&2; exit 1 ;;
+  *build_progress.py*) cat ;;
+  *' pip '*' wheel '*)
+    echo "compiled with cards '${CUDA_VISIBLE_DEVICES-all}', forced '${FORCE_CUDA-}'"
+    while [ "$1" != -w ]; do shift; done
+    mkdir -p "$2"; touch "$2/mmcv-2.1.0-py3-none-any.whl" "$here/mmcv" ;;
+esac
+"""
+
+
+def installed(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
+    """What install_mmcv.sh says where there is a card and no compiler for it."""
+    (tmp_path / 'torch/include/ATen').mkdir(parents=True)
+    (tmp_path / 'torch/include/ATen/ATen.h').touch()
+    (tmp_path / 'python').write_text(PYTHON)
+    (tmp_path / 'python').chmod(0o755)
+    env = dict(PATH=os.environ['PATH'], MMCV_WHEELS=str(tmp_path / 'kept'), **environment)
+    command = ['bash', str(TOOLS / 'install_mmcv.sh'), str(tmp_path / 'python')]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def test_a_card_without_a_compiler_gets_the_ops_of_the_cpu(tmp_path: Path) -> None:
+    done = installed(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 'mmcv is installed without CUDA kernels; a GPU then trains more slowly' in done.stdout
+    assert "compiled with cards '', forced ''" in done.stdout
+    # Kept as what it is, not as what was asked for.
+    assert [folder.name for folder in (tmp_path / 'kept').iterdir()] == ['torch-']
+
+
+def test_kernels_that_were_asked_for_by_name_are_not_done_without(tmp_path: Path) -> None:
+    done = installed(tmp_path, FORCE_CUDA='1')
+    assert done.returncode == 1 and 'no nvcc for CUDA 12.6' in done.stderr
+    assert 'compiled' not in done.stdout and not (tmp_path / 'kept').exists()

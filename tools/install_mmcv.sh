@@ -103,7 +103,9 @@ find_nvcc() {
 take_kept
 if [ -n "$kernels" ] && ! has_ops; then find_nvcc; fi
 if ! has_ops; then
-  echo "a ready wheel is used where pip finds one, else mmcv is compiled${kernels:+ with CUDA kernels}: about ${kernels:+14 + }14 minutes on two cores, once"
+  minutes=14
+  if [ -n "$kernels" ]; then minutes=45; fi
+  echo "a ready wheel is used where pip finds one, else mmcv is compiled${kernels:+ with CUDA kernels}: about $minutes minutes on two cores, once"
   build
   if ! has_ops; then
     echo "that mmcv has no ops, or not those for this torch (${problem##*$'\n'}): compiling it for this one"
