@@ -9,9 +9,10 @@ import os
 import re
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 from tests.tool_run import ROOT, TOOLS, dry_make
 
@@ -55,6 +56,17 @@ def test_without_a_card_it_says_so_in_one_sentence(monkeypatch, tmp_path, capsys
     assert end.value.code == 2 and said.out == ''
     assert said.err.startswith('error: there is no GPU here: torch ') and said.err.count('\n') == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_card_versions_and_commit_are_told(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    card = SimpleNamespace(name='NVIDIA Something', total_memory=80 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda number: card)
+    first, versions, kernels, commit = importlib.import_module('gpu_report').about()
+    assert first.startswith('NVIDIA Something, 80 GiB, compute capability 9.0; ')
+    assert f'torch {torch.__version__}, ' in versions and 'peft ' in versions
+    assert 'None' not in versions
+    assert kernels.startswith("mmcv's kernels: CUDA ") and commit.startswith('commit ')
 
 
 def test_the_report_names_the_card_and_has_every_parts_tables(tool, monkeypatch, tmp_path):

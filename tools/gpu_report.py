@@ -22,13 +22,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Optional
 
+# the checkout that a tool lies in is the one it reports on
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from gpu_tables import Record, report
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 CONTENDERS = (
     r'^(mmdet, full|mmdet \+ PEFT, decoder|transformers \+ PEFT, decoder'
     r'|ours, decoder|ours, decoder, retain|ours, all)$'
@@ -121,16 +123,18 @@ def about() -> list[str]:
     import torch
     from mmcv.ops import get_compiling_cuda_version
 
+    from mmdet_gdino_lora.environment import family, installed_version, supported
+
     card = torch.cuda.get_device_properties(0)
-    packages = ('mmcv', 'mmengine', 'mmdet', 'transformers', 'peft', 'numpy')
+    packages = [package.distribution for package in supported(family()).values()]
     git = subprocess.run(
         ['git', 'describe', '--always', '--dirty'], cwd=ROOT, capture_output=True, text=True
     )
     return [
         f'{card.name}, {card.total_memory / 2**30:.0f} GiB, compute capability '
         f'{card.major}.{card.minor}; {os.cpu_count()} CPU cores',
-        f'Python {platform.python_version()}, torch {torch.__version__}, '
-        + ', '.join(f'{name} {metadata.version(name)}' for name in packages),
+        f'Python {platform.python_version()}, '
+        + ', '.join(f'{name} {installed_version(name)}' for name in packages),
         f"mmcv's kernels: CUDA {get_compiling_cuda_version()}",
         f'commit {git.stdout.strip() or "not known"}, {time.strftime("%Y-%m-%d")}',
     ]
