@@ -31,10 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpu_tables import Record, report
 
 ROOT = Path(__file__).resolve().parents[1]
-CONTENDERS = (
-    r'^(mmdet, full|mmdet \+ PEFT, decoder|transformers \+ PEFT, decoder'
-    r'|ours, decoder|ours, decoder, retain|ours, all)$'
-)
+#: All of step.py's but those that trade time for memory, and the preset in between.
+CONTENDERS = '^(?!.*(checkpointing|encoder))'
 
 
 @dataclasses.dataclass(frozen=True)
