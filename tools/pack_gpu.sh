@@ -15,11 +15,12 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 make "$VENV/.torch"
-"$VENV/bin/python" -m pip --disable-pip-version-check download --quiet --no-deps --no-build-isolation --no-binary mmcv \
+python=$(realpath -s "$VENV/bin/python")
+"$python" -m pip --disable-pip-version-check download --quiet --no-deps --no-build-isolation --no-binary mmcv \
   --dest "$work" -r requirements/mmcv.txt
-"$VENV/bin/python" tools/reduced_mmcv.py "$work"/mmcv-*.tar.gz "$work/reduced"
+"$python" tools/reduced_mmcv.py "$work"/mmcv-*.tar.gz "$work/reduced"
 PIP_FIND_LINKS="${PIP_FIND_LINKS:-} $work/reduced" MMCV_WHEELS=$VENV/wheels make env
-"$VENV/bin/python" tools/carried.py "$folder"
+"$python" tools/carried.py "$folder"
 strip --strip-unneeded "$folder"/mmcv/_ext.*.so
-(cd "$folder" && PYTHONPATH=$folder "$OLDPWD/$VENV/bin/python" -c 'import mmcv.ops; print("packed with CUDA", mmcv.ops.get_compiling_cuda_version())')
+(cd "$folder" && PYTHONPATH=$folder "$python" -c 'import mmcv.ops; print("packed with CUDA", mmcv.ops.get_compiling_cuda_version())')
 du -sh "$folder"
