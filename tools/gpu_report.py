@@ -124,14 +124,14 @@ def about() -> list[str]:
     from mmdet_gdino_lora.environment import family, installed_version, supported
 
     card = torch.cuda.get_device_properties(0)
-    packages = [package.distribution for package in supported(family()).values()]
+    packages = [p.distribution for name, p in supported(family()).items() if name != 'torch']
     git = subprocess.run(
         ['git', 'describe', '--always', '--dirty'], cwd=ROOT, capture_output=True, text=True
     )
     return [
         f'{card.name}, {card.total_memory / 2**30:.0f} GiB, compute capability '
         f'{card.major}.{card.minor}; {os.cpu_count()} CPU cores',
-        f'Python {platform.python_version()}, '
+        f'Python {platform.python_version()}, torch {torch.__version__}, '
         + ', '.join(f'{name} {installed_version(name)}' for name in packages),
         f"mmcv's kernels: CUDA {get_compiling_cuda_version()}",
         f'commit {git.stdout.strip() or "not known"}, {time.strftime("%Y-%m-%d")}',

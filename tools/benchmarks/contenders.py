@@ -323,12 +323,12 @@ def share_frozen(contenders: Sequence[Contender]) -> None:
 
 
 class _SamplingAsOurs:
-    """Our way of sampling on a GPU: mmcv's kernel where it has one, and for bfloat16 too."""
+    """Our way of sampling: on a GPU mmcv's kernel where it has one, and for bfloat16 too."""
 
     @staticmethod
     def apply(value: Tensor, shapes: Tensor, starts: Tensor, *rest: Any) -> Tensor:
         """As mmcv's function; ``rest`` are locations, weights and step."""
-        sample = sampler('cuda', get_compiling_cuda_version() != 'not available')
+        sample = sampler(value.device.type, get_compiling_cuda_version() != 'not available')
         return sample(value, shapes, starts, rest[0], rest[1])
 
 
