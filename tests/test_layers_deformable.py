@@ -20,44 +20,10 @@ from mmdet_gdino_lora.layers.levels import level_tensors
 from mmdet_gdino_lora.layers.precision import cast_frozen
 from tests.builders import WORDS, build, data_samples
 from tests.launches import Launches
+from tests.virtual_device.kernels import Kernels
 
 LEVELS = [torch.zeros(1, 1, *size) for size in ((9, 7), (5, 4), (2, 3), (1, 1))]
 POSITIONS = sum(level.numel() for level in LEVELS)
-
-
-class Kernels:
-    """mmcv 2.1's ``ms_deform_attn_cuda.cu`` as far as its checks go."""
-
-    calls = 0
-
-    def _check(self, numbers: list[Tensor], shapes: Tensor, starts: Tensor, step: int) -> None:
-        assert numbers[0].dtype in (torch.float32, torch.float64, torch.float16), 'no such kernel'
-        assert {tensor.dtype for tensor in numbers} == {numbers[0].dtype}
-        assert shapes.dtype == starts.dtype == torch.int64
-        assert all(tensor.is_contiguous() for tensor in [*numbers, shapes, starts])
-        assert len(numbers[0]) % min(len(numbers[0]), step) == 0
-        self.calls += 1
-
-    def ms_deform_attn_forward(self, value, shapes, starts, locations, weights, im2col_step):
-        numbers = [value, locations, weights]
-        self._check(numbers, shapes, starts, im2col_step)
-        return self._compute(*numbers, shapes).to(value.dtype)
-
-    def ms_deform_attn_backward(
-        self, value, shapes, starts, locations, weights, slopes, *grads, im2col_step
-    ):
-        numbers = [value, locations, weights]
-        self._check([*numbers, slopes, *grads], shapes, starts, im2col_step)
-        with torch.enable_grad():
-            inputs = [tensor.detach().requires_grad_() for tensor in numbers]
-            out = self._compute(*inputs, shapes)
-        for grad, result in zip(grads, torch.autograd.grad(out, inputs, slopes.to(out.dtype))):
-            grad.copy_(result)
-
-    def _compute(self, value: Tensor, locations: Tensor, weights: Tensor, shapes: Tensor) -> Tensor:
-        exact = torch.promote_types(value.dtype, torch.float32)
-        numbers = (tensor.to(exact) for tensor in (locations, weights))
-        return multi_scale_deformable_attn_pytorch(value.to(exact), shapes.tolist(), *numbers)
 
 
 @pytest.fixture

@@ -5,36 +5,30 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmdet_gdino_lora.objective import build_criterion, cpu
-from tests.launches import Launches
+from mmdet_gdino_lora.objective import build_criterion
+from tests.ceilings import OBJECTIVE, WAITS, check
 from tests.objective import draw
-
-#: Operations of one step's objective with six decoder layers, the encoder and two images.
-CEILING = dict(
-    plain=dict(forward=230, backward=85),
-    denoising=dict(forward=265, backward=90),
-)
+from tests.virtual_device import VirtualDevice
 
 
-@pytest.mark.parametrize('kind', CEILING)
-def test_the_objective_launches_few_kernels(kind, monkeypatch):
-    monkeypatch.setattr(cpu, 'runs_here', lambda tensor: False)
-    outputs, targets = draw(
-        0, (4, 7), 40, 30, num_layers=6, dn_groups=3 if kind == 'denoising' else 0
-    )
-    layers = [*outputs.pop('aux_outputs'), outputs]
-    stacked = {
-        key: torch.stack([layer[key].detach() for layer in layers])
-        for key in ('pred_logits', 'pred_boxes')
-    }
-    outputs['decoder_outputs'] = {key: value.requires_grad_() for key, value in stacked.items()}
-    criterion = build_criterion(num_classes=4)
-    criterion(outputs, targets)
-    with Launches() as forward:
-        losses = criterion(outputs, targets)
-    total = torch.stack(list(losses.values())).sum()
-    with Launches() as backward:
-        total.backward()
-    counts = dict(forward=forward.counts.total(), backward=backward.counts.total())
-    for way, ceiling in CEILING[kind].items():
-        assert counts[way] <= ceiling, counts
+@pytest.mark.parametrize('kind', OBJECTIVE)
+def test_the_objective_launches_few_kernels(kind: str) -> None:
+    groups = 3 if kind == 'denoising' else 0
+    with VirtualDevice() as device:
+        outputs, targets = draw(0, (4, 7), 40, 30, num_layers=6, dn_groups=groups, device='cuda')
+        layers = [*outputs.pop('aux_outputs'), outputs]
+        stacked = {
+            key: torch.stack([layer[key].detach() for layer in layers])
+            for key in ('pred_logits', 'pred_boxes')
+        }
+        outputs['decoder_outputs'] = {key: x.requires_grad_() for key, x in stacked.items()}
+        criterion = build_criterion(num_classes=4)
+        criterion(outputs, targets)
+        with device.watch() as forward:
+            losses = criterion(outputs, targets)
+        total = torch.stack(list(losses.values())).sum()
+        with device.watch() as backward:
+            total.backward()
+    check(forward, OBJECTIVE[kind].forward, f'{kind}, forward')
+    check(backward, OBJECTIVE[kind].backward, f'{kind}, backward')
+    assert len(forward.waits) <= WAITS['forward'] and backward.waits == []

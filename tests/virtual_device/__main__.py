@@ -55,6 +55,8 @@ def main() -> None:
     parser.add_argument('--amp', default='', choices=AMP)
     parser.add_argument('--retain', action='store_true', help='with a lesson in the step')
     parser.add_argument('--base-dtype', default='float32')
+    parser.add_argument('--queries', type=int, default=100, help='they change no count')
+    parser.add_argument('--size', type=int, default=256, help='of the images, in pixels')
     parser.add_argument('--padded', action='store_true', help='images of different sizes')
     parser.add_argument('--by', default='own,name', help='of line, own, name; joined by commas')
     parser.add_argument('--part', default='', help='the lines of this part alone')
@@ -63,16 +65,17 @@ def main() -> None:
     register_all_modules(init_default_scope=True)
     MMLogger.get_instance('virtual device', log_level='ERROR')
     torch.manual_seed(0)
-    settings = dict(lora=dict(preset=args.preset, r=4), base_dtype=args.base_dtype)
+    deep = full_depth(args.queries)
+    settings = dict(deep, lora=dict(preset=args.preset, r=4), base_dtype=args.base_dtype)
     if args.retain:
         settings['retain'] = dict(names=[f'old {letter}' for letter in 'abcdefghij'])
     with tempfile.TemporaryDirectory() as folder:
         text_dir = tiny_text_model(folder)
-        base = write_base(build(text_dir, lora=None, **full_depth()), str(Path(folder, 'base.pth')))
+        base = write_base(build(text_dir, lora=None, **deep), str(Path(folder, 'base.pth')))
         begin = time.perf_counter()
-        step = counted(text_dir, base, amp=args.amp, padded=args.padded, **settings)
+        steps = counted(text_dir, base, (args.amp,), size=args.size, padded=args.padded, **settings)
         print(f'{time.perf_counter() - begin:.0f} s')
-    show(step, args.by.split(','), args.most, args.part)
+    show(steps[args.amp], args.by.split(','), args.most, args.part)
 
 
 if __name__ == '__main__':

@@ -129,6 +129,10 @@ class Operations(TorchDispatchMode):
         self._origins: dict[int, Site] = {}
         self._in_flight: dict[int, tuple[Tensor, str]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and torch's guard costs 0.2 ms an operation
+
     # ------------------------------------------------------------------------------------ recording
 
     @contextmanager
@@ -280,9 +284,9 @@ class Operations(TorchDispatchMode):
             self.wait(kind.name)
         elif kind.name in INDEXING:
             masks = [t for t in tensors_in(args[1]) if t.dtype in (torch.bool, torch.uint8)]
-            # assigning one number under one mask is a masked_fill
-            value = args[2] if len(args) > 2 else None
-            if masks and not (value is not None and value.numel() == 1):
+            # assigning one number of the host's under a mask is a masked_fill
+            one = len(args) > 2 and args[2].numel() == 1 and place_of(args[2]) is not Place.DEVICE
+            if masks and not one:
                 self.wait('a mask as index')
         elif kind.name == 'repeat_interleave' and kwargs.get('output_size') is None:
             self.wait('repeat_interleave without output_size')

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import NamedTuple
 
 import torch
@@ -56,15 +57,24 @@ class Site(NamedTuple):
     own: str
 
 
-def _shown(frame: FrameType) -> str:
-    code = frame.f_code
+@cache
+def _shown(code: CodeType, line: int) -> str:
     path = Path(code.co_filename)
     packages = [i for i, name in enumerate(path.parts) if name == 'site-packages']
     if packages:
         shown = '/'.join(path.parts[packages[-1] + 1 :])
     else:
         shown = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
-    return f'{shown}:{frame.f_lineno} {code.co_name}'
+    return f'{shown}:{line} {code.co_name}'
+
+
+@cache
+def _looked_at(code: CodeType) -> tuple[bool, bool, str | None]:
+    """Whether a function is not torch's, whether it is this project's, and its part."""
+    path = code.co_filename
+    ours = '/mmdet_gdino_lora/' in path and 'site-packages' not in path
+    part = PARTS.get((path.rpartition('/')[2], code.co_name))
+    return not path.startswith((HERE, TORCH)), ours, part
 
 
 def current_site() -> Site:
@@ -72,15 +82,13 @@ def current_site() -> Site:
     frame: FrameType | None = sys._getframe(1)
     line, own, parts = '', '', []
     while frame is not None:
-        path, name = frame.f_code.co_filename, frame.f_code.co_name
-        if not path.startswith(HERE):
-            if not line and not path.startswith(TORCH):
-                line = _shown(frame)
-            if not own and '/mmdet_gdino_lora/' in path and 'site-packages' not in path:
-                own = _shown(frame)
-            part = PARTS.get((path.rpartition('/')[2], name))
-            if part is not None:
-                parts.append(part)
+        known, ours, part = _looked_at(frame.f_code)
+        if known and not line:
+            line = _shown(frame.f_code, frame.f_lineno)
+        if ours and not own:
+            own = _shown(frame.f_code, frame.f_lineno)
+        if part is not None:
+            parts.append(part)
         frame = frame.f_back
     return Site(_part(parts), line or 'torch', own or '-')
 
@@ -104,6 +112,6 @@ def stack() -> str:
     while frame is not None and len(lines) < 12:
         path = frame.f_code.co_filename
         if not path.startswith((HERE, TORCH)):
-            lines.append(_shown(frame))
+            lines.append(_shown(frame.f_code, frame.f_lineno))
         frame = frame.f_back
     return ' < '.join(lines)

@@ -1,12 +1,14 @@
 """The training step whose operations are counted: real depths, small widths and images.
 
-6 + 6 layers, 900 queries, Swin-T's depths, 2 images and 80 class names: the number of operations
-depends on nothing else but on whether images and captions are padded.
+6 + 6 layers, Swin-T's depths, 2 images and 80 class names: the number of operations depends on
+nothing else but on whether images and Swin's windows are padded, as they are at most sizes. The
+number of queries changes none of it; fewer of them are counted sooner.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +20,10 @@ from tests.virtual_device.counts import Counts
 from tests.virtual_device.device import VirtualDevice
 
 NAMES = [' '.join(pair) for pair in itertools.permutations(WORDS[:10], 2)][:80]
-#: Of the images; Swin pads its windows at this size, as it does at most sizes.
-SIZE = 256
 AMP = {'': None, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
 
 
-def full_depth() -> dict[str, Any]:
+def full_depth(queries: int = 100) -> dict[str, Any]:
     """Settings of `tests.builders.detector_cfg` for a model as deep as the published ones."""
     heads = dict(
         type='GroundingDINOCriterionHead',
@@ -46,10 +46,10 @@ def full_depth() -> dict[str, Any]:
     dn_cfg = dict(
         label_noise_scale=0.5,
         box_noise_scale=1.0,
-        group_cfg=dict(dynamic=True, num_groups=None, num_dn_queries=100),
+        group_cfg=dict(dynamic=True, num_groups=None, num_dn_queries=20),
     )
     return dict(
-        num_queries=900,
+        num_queries=queries,
         encoder={**SMALL_ENCODER, 'num_layers': 6},
         decoder={**SMALL_DECODER, 'num_layers': 6},
         backbone=backbone,
@@ -116,23 +116,35 @@ class Trained:
 
 
 def counted(
-    text_dir: str, base: str | None, *, amp: str = '', padded: bool = False, **settings: Any
-) -> Step:
-    """Counts the second step of a detector: the first remembers names, sizes and masks.
+    text_dir: str,
+    base: str,
+    amps: Sequence[str] = ('',),
+    *,
+    size: int = 256,
+    padded: bool = False,
+    **settings: Any,
+) -> dict[str, Step]:
+    """Counts a detector's second step in each precision: the first remembers names and sizes.
 
     Args:
         text_dir: Folder of the text model.
         base: The base checkpoint.
-        amp: Type of autocast; '' for none.
+        amps: Types of autocast; '' for none.
+        size: Of the images, in pixels.
         padded: Whether one image is smaller than the batch.
         **settings: Of the detector.
+
+    Returns:
+        By type of autocast.
     """
+    steps = {}
     with VirtualDevice() as device:
         model = build(text_dir, base_checkpoint=base, **{**full_depth(), **settings})
-        trained = Trained(device, model, amp)
-        for seed in range(2):
-            images, samples = trained.batch(NAMES, (4, 3), SIZE, seed)
-            if padded:
-                samples[1].set_metainfo(dict(img_shape=(SIZE - 40, SIZE - 64)))
-            step = trained.step(images, samples)
-    return step
+        for amp in amps:
+            trained = Trained(device, model, amp)
+            for seed in range(2):
+                images, samples = trained.batch(NAMES, (4, 3), size, seed)
+                if padded:
+                    samples[1].set_metainfo(dict(img_shape=(size - 40, size - 64)))
+                steps[amp] = trained.step(images, samples)
+    return steps

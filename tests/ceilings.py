@@ -1,0 +1,65 @@
+"""What a training step may ask of a GPU: operations and waits, counted on the virtual device.
+
+At 6 + 6 layers, two images and 80 names, see `tests.virtual_device.steps`. Whoever lowers a count
+lowers its ceiling; `python -m tests.virtual_device --help` shows where operations come from.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tests.virtual_device.counts import Counts
+
+
+class Ceiling(NamedTuple):
+    """Of operations in the parts of a step."""
+
+    forward: int
+    backward: int
+    optimizer: int = 16
+
+
+#: By preset, `retain` and type of autocast.
+OPERATIONS = {
+    ('decoder', False, ''): Ceiling(2046, 1732),
+    ('decoder', False, 'bfloat16'): Ceiling(3189, 1941),
+    ('all', False, ''): Ceiling(2417, 4923),
+    ('all', False, 'bfloat16'): Ceiling(4483, 5581),
+    ('decoder', True, ''): Ceiling(3970, 3100),
+    ('decoder', True, 'bfloat16'): Ceiling(6235, 3366),
+    ('all', True, ''): Ceiling(5538, 8050),
+    ('all', True, 'bfloat16'): Ceiling(9981, 9047),
+}
+
+#: A count this much below its ceiling asks for a lower one.
+SLACK = 0.03
+
+#: Times that the host waits: for the matching, for the names of what was found, and so on.
+WAITS = dict(forward=1, backward=0, optimizer=0, prediction=3, validation=3)
+
+#: Operations of the objective alone, with six decoder layers and the encoder.
+OBJECTIVE = dict(
+    plain=Ceiling(forward=232, backward=85),
+    denoising=Ceiling(forward=267, backward=90),
+)
+
+
+def check(counts: Counts, ceiling: int, where: str) -> None:
+    """Compares a count with its ceiling.
+
+    Args:
+        counts: Of some part of a step.
+        ceiling: Of its operations.
+        where: What it is of.
+
+    Raises:
+        AssertionError: It is above its ceiling, or so far below that the ceiling holds nothing.
+    """
+    count = counts.launches
+    assert count <= ceiling, (
+        f'{where}: {count} operations, more than {ceiling}; the most come from '
+        f'{counts.by("own", "name").most_common(5)}'
+    )
+    assert count >= ceiling * (1 - SLACK), (
+        f'{where}: {count} operations, less than {ceiling}; lower it in tests/ceilings.py'
+    )
