@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.virtual_device.memory import Place, place_of, put
-from tests.virtual_device.operations import Operations
+from tests.virtual_device.operations import DeviceError, Operations
 
 #: Of a bias's rows, in numbers, for the memory-efficient kernel; others are copied.
 ALIGNMENT = 16
@@ -73,7 +73,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, operations: Operations, more: dict, *given: Tensor | None) -> Tensor:
         places = {place_of(tensor) for tensor in given if tensor is not None}
         if places != {Place.DEVICE}:
-            raise RuntimeError('Expected query, key, value and mask to be on the same device')
+            raise DeviceError('Expected query, key, value and mask to be on the same device')
         operations.launch('scaled_dot_product_attention')
         with operations.paused(), torch.enable_grad(), torch.autocast('cpu', enabled=False):
             inputs = [

@@ -66,13 +66,13 @@ class Step:
         forward: The loss and its sum.
         backward: The gradients.
         optimizer: Clipping and AdamW.
-        loss: Its number.
+        loss: Its number, on the device.
     """
 
     forward: Counts
     backward: Counts
     optimizer: Counts
-    loss: float
+    loss: Tensor
 
 
 class Trained:
@@ -112,7 +112,7 @@ class Trained:
             nn.utils.clip_grad_norm_(self.parameters, 0.1)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        return Step(forward, backward, optimizer, float(total))
+        return Step(forward, backward, optimizer, total.detach())
 
 
 def counted(
