@@ -229,13 +229,17 @@ def validate(detector: LoRAGroundingDINO, inputs: Tensor, samples: SampleList) -
 
 def _lacks_truth(samples: SampleList, captions: Sequence[TokenizedCaption]) -> str:
     """Says why a batch has no losses: no labels in it, or labels that aren't the captions'."""
-    for sample, caption in zip(samples, captions):
+    for sample in samples:
         if 'labels' not in sample.get('gt_instances', ()):
             return 'Images of the validation data have no labels (an unlabelled or test set)'
         if 'phrase_ids' in sample:
             return 'Labels of the validation data are not those of the phrases (Flickr30k entities)'
+    # of all images in one wait for the device
+    labels = iter(torch.cat([sample.gt_instances.labels for sample in samples]).tolist())
+    for sample, caption in zip(samples, captions):
         named = {-1, *caption.labels, *caption.lost}
-        missing = [n for n in sample.gt_instances.labels.tolist() if n not in named]
+        of_image = islice(labels, len(sample.gt_instances.labels))
+        missing = [n for n in of_image if n not in named]
         if missing:
             where = sample.get('img_path', '')
             return (
