@@ -53,6 +53,7 @@ def device() -> Iterator[VirtualDevice]:
 
 def detector(text_dir: str, base: str, settings: str) -> nn.Module:
     """Its adapters change what it does, and nothing is dropped: the device draws other numbers."""
+    torch.manual_seed(0)
     model = build(text_dir, base_checkpoint=base, **{**smallest(), **SETTINGS[settings]})
     for module in model.modules():
         for name in ('p', 'dropout'):  # of nn.Dropout, and of attention

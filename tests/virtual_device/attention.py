@@ -91,7 +91,7 @@ class _Attention(torch.autograd.Function):
         ctx.operations.launch('scaled_dot_product_attention_backward')
         wanted = [x for x in ctx.inputs if x is not None and x.requires_grad]
         with ctx.operations.paused():
-            found = iter(torch.autograd.grad(ctx.out, wanted, grad))
+            found = iter(torch.autograd.grad(ctx.out, wanted, grad, retain_graph=True))
         grads = [next(found) if x is not None and x.requires_grad else None for x in ctx.inputs]
         for result in grads:
             if result is not None:
