@@ -23,7 +23,6 @@ class Ceiling(NamedTuple):
 OPERATIONS = {
     ('decoder', False, ''): Ceiling(2046, 1732),
     ('decoder', False, 'bfloat16'): Ceiling(3189, 1941),
-    ('all', False, ''): Ceiling(2417, 4923),
     ('all', False, 'bfloat16'): Ceiling(4483, 5581),
     ('decoder', True, ''): Ceiling(3970, 3100),
 }

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mmdet_gdino_lora.layers import levels
 from mmdet_gdino_lora.objective import matches
 from tests.builders import build, data_samples, tiny_text_model
-from tests.virtual_device.device import DeviceKernels, VirtualDevice
+from tests.virtual_device.device import ShapedKernels, VirtualDevice
 from tests.virtual_device.steps import AMP, NAMES, Step, Trained, full_depth
 
 IMAGE, BATCH, BOXES = (800, 1333), 4, 20
@@ -58,15 +58,6 @@ def real_widths() -> dict[str, Any]:
         num_outs=4,
     )
     return settings
-
-
-class ShapedKernels(DeviceKernels):
-    """mmcv's extension as far as shapes go."""
-
-    def _compute(self, value: Tensor, locations: Tensor, weights: Tensor, shapes: Tensor) -> Tensor:
-        batch, queries, heads = locations.shape[:3]
-        total = value.sum() + locations.sum() + weights.sum()
-        return total.expand(batch, queries, heads * value.shape[-1]).contiguous()
 
 
 def drawn_for_host(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tests.builders import SMALL_DECODER, SMALL_ENCODER, WORDS, build, data_samples
 from tests.virtual_device.counts import Counts
-from tests.virtual_device.device import VirtualDevice
+from tests.virtual_device.device import ShapedKernels, VirtualDevice
 
 NAMES = [' '.join(pair) for pair in itertools.permutations(WORDS[:10], 2)][:80]
 AMP = {'': None, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
@@ -138,7 +138,9 @@ def counted(
         By type of autocast.
     """
     steps = {}
-    with VirtualDevice() as device:
+    device = VirtualDevice()
+    device.kernels = ShapedKernels(device.operations)
+    with device:
         model = build(text_dir, base_checkpoint=base, **{**full_depth(), **settings})
         for amp in amps:
             trained = Trained(device, model, amp)
