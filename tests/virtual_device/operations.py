@@ -49,20 +49,6 @@ WAITING = {
     'unique_dim',
 }
 
-#: Their time is that of products of matrices, or of a kernel of its own; by how names begin.
-COMPUTING = (
-    'addmm',
-    'baddbmm',
-    'bmm',
-    'convolution',
-    'mm',
-    'ms_deform_attn',
-    'scaled_dot_product_attention',
-)
-FILLING = {'fill_', 'full', 'full_like', 'ones', 'ones_like', 'zero_', 'zeros', 'zeros_like'}
-FILLING |= {'new_full', 'new_ones', 'new_zeros', 'arange', 'rand', 'rand_like', 'bernoulli_'}
-PICKING = {'embedding', 'gather', 'index', 'index_select'}
-
 #: So many bytes of ordinary memory go to the device without a wait, says CUDA's programming guide.
 STAGED = 64 * 1024
 
@@ -126,37 +112,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in(tuple(value.values()))
 
 
-def moved(name: str, given: list[Tensor], made: list[Tensor]) -> int:
-    """Bytes that an operation reads and writes, where that is what it takes its time for.
-
-    Args:
-        name: ATen's.
-        given: What it was called with.
-        made: What it returned; the first given, where it works in place.
-
-    Returns:
-        Zero for what computes much of each number.
-    """
-    if name.startswith(COMPUTING):
-        return 0
-    written = sum(map(_bytes, made))
-    if name in FILLING:
-        given = []
-    elif name == 'copy_':
-        given = given[1:]
-    elif name in PICKING:  # no more is read than is written
-        return 2 * written + sum(_bytes(tensor) for tensor in given[1:])
-    return written + sum(map(_bytes, given))
-
-
-def _bytes(tensor: Tensor) -> int:
-    """Of a tensor's numbers, what is expanded once."""
-    count = 1
-    for size, stride in zip(tensor.shape, tensor.stride()):
-        count *= size if stride or not size else 1
-    return count * tensor.element_size()
-
-
 class Operations(TorchDispatchMode):
     """Runs ATen's operations on the CPU as if those on tagged storages ran on a GPU.
 
@@ -200,8 +155,8 @@ class Operations(TorchDispatchMode):
         finally:
             self._paused -= 1
 
-    def launch(self, name: str, moved: int = 0) -> None:
-        """Notes an operation on the device, and the bytes that it moves."""
+    def launch(self, name: str) -> None:
+        """Notes an operation on the device."""
         if not self._watching:
             return
         node = torch._C._current_autograd_node()
@@ -215,7 +170,6 @@ class Operations(TorchDispatchMode):
         operation = Operation(site, name, node is not None)
         for counts in self._watching:
             counts.operations[operation] += 1
-            counts.bytes[operation] += moved
 
     def wait(self, kind: str) -> None:
         """Notes that the host waits, after which all copies have arrived."""
@@ -280,10 +234,10 @@ class Operations(TorchDispatchMode):
         self._check_pinned(given, places, kind)
         if place is Place.DEVICE:
             self._check_together(kind, given, places)
+            if kind.launches:
+                self.launch(kind.name)
             self._check_waits(kind, given, places, args, kwargs)
         result = function(*args, **kwargs)
-        if place is Place.DEVICE and kind.launches and self._watching:
-            self.launch(kind.name, moved(kind.name, given, list(tensors_in(result))))
         if place is not Place.HOST:
             for tensor in tensors_in(result):
                 if place_of(tensor) is Place.HOST:
