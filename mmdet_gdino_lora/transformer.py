@@ -5,6 +5,7 @@ The parameters and their names are mmdet's.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -47,6 +48,21 @@ class LeanGroundingDINO(GroundingDINO):
         text_dict = self.language_model.encode(captions)
         text_dict['embedded'] = self.text_feat_map(text_dict['embedded'])
         return text_dict
+
+    def parse_losses(self, losses: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Sums the losses up as mmengine does, which takes two operations for each of them.
+
+        Args:
+            losses: By name; what has no ``loss`` in its name is for the log alone.
+
+        Returns:
+            The sum, and what is logged.
+        """
+        values = [value for name, value in losses.items() if 'loss' in name]
+        if not all(isinstance(v, Tensor) and v.dim() == 0 for v in losses.values()) or not values:
+            return super().parse_losses(losses)
+        total = torch.stack(values).sum()
+        return total, OrderedDict(loss=total, **losses)
 
     def pre_transformer(
         self, mlvl_feats: Sequence[Tensor], batch_data_samples: Optional[SampleList] = None
