@@ -30,6 +30,7 @@ from mmdet_gdino_lora.engine.unfit import check_fit
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.layers import precision
 from mmdet_gdino_lora.layers.exchange import exchange_layers
+from mmdet_gdino_lora.layers.frozen import forget, remembered
 from mmdet_gdino_lora.lora import (
     ADAPTER,
     GradientCheck,
@@ -253,6 +254,8 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         """
         if mode:
             check_fit(runner_config())  # the last that a run does before it compiles
+        else:
+            forget()
         super().train(mode)
         set_frozen_eval(self)
         return self
@@ -283,7 +286,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         Returns:
             The head's components under the criterion's names.
         """
-        with precision.autocast(batch_inputs.device, self._base_dtype):
+        with precision.autocast(batch_inputs.device, self._base_dtype), remembered():
             return self._loss(batch_inputs, batch_data_samples)
 
     def _loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from mmcv.cnn.bricks.transformer import MultiheadAttention
+from mmcv.cnn.bricks.wrappers import Linear as MmcvLinear
 from mmcv.ops import MultiScaleDeformableAttention
 from mmdet.models.backbones.swin import SwinBlock
 from mmdet.models.dense_heads.grounding_dino_head import ContrastiveEmbed
@@ -36,6 +37,8 @@ STOCK = {
     MultiScaleDeformableAttention,
     BiMultiHeadAttention,
     LoraLinear,
+    nn.Linear,
+    MmcvLinear,
     ContrastiveEmbed,
     CdnQueryGenerator,
 }
@@ -51,7 +54,11 @@ def detector(text_dir: str) -> nn.Module:
 
 
 def test_no_stock_layer_is_left_and_every_lean_class_has_a_user(detector: nn.Module) -> None:
-    types = {type(module) for module in detector.modules()}
+    types = {
+        type(module)
+        for name, module in detector.named_modules()
+        if not name.startswith('language_model.')  # its linear layers run once
+    }
     assert not types & STOCK
     assert types >= set(LEAN.values()) and set(LEAN) == STOCK
 

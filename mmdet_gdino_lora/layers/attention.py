@@ -9,7 +9,7 @@ from mmcv.cnn.bricks.transformer import MultiheadAttention
 from torch import Tensor
 
 from mmdet_gdino_lora.layers.cpu.dropout import attend
-from mmdet_gdino_lora.layers.linear import adapted_linear
+from mmdet_gdino_lora.layers.linear import adapted_linear, adapted_products
 from mmdet_gdino_lora.peft_layers.attention import AttentionWeights, read_attention
 
 
@@ -102,26 +102,24 @@ def _attend(
     base = weights.attention
     size, heads = base.embed_dim, base.num_heads
 
-    def project(x: Tensor, first: int, count: int) -> list[Tensor]:
-        begin, end = first * size, (first + count) * size
-        bias = base.in_proj_bias
-        out = adapted_linear(
-            x,
-            base.in_proj_weight[begin:end],
-            None if bias is None else bias[begin:end],
-            [adapter.rows(begin, end) for adapter in weights.in_adapters],
-        )
-        out = out.unflatten(-1, (count, heads, size // heads))
-        return list(out.permute(2, 0, 3, 1, 4).unbind(0))
+    def project(inputs: list[Tensor], counts: list[int]) -> list[Tensor]:
+        rows = [count * size for count in counts]
+        packed = base.in_proj_weight, base.in_proj_bias
+        outs = adapted_products(inputs, rows, *packed, weights.in_adapters)
+        heads_of = [
+            out.unflatten(-1, (count, heads, size // heads)).permute(2, 0, 3, 1, 4).unbind(0)
+            for out, count in zip(outs, counts)
+        ]
+        return [projected for of_input in heads_of for projected in of_input]
 
     if query is key and key is value:
-        q, k, v = project(query, 0, 3)
+        q, k, v = project([query], [3])
     elif query is key:
-        (q, k), (v,) = project(query, 0, 2), project(value, 2, 1)
+        q, k, v = project([query, value], [2, 1])
     elif key is value:
-        (q,), (k, v) = project(query, 0, 1), project(key, 1, 2)
+        q, k, v = project([query, key], [1, 2])
     else:
-        (q,), (k,), (v,) = project(query, 0, 1), project(key, 1, 1), project(value, 2, 1)
+        q, k, v = project([query, key, value], [1, 1, 1])
 
     mask = _sdpa_mask(attn_mask, key_padding_mask, len(q), q.dtype)
     out = attend(q, k, v, mask, base.dropout if base.training else 0.0)

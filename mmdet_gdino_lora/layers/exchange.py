@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from mmcv.cnn.bricks.transformer import MultiheadAttention
+from mmcv.cnn.bricks.wrappers import Linear as MmcvLinear
 from mmcv.ops import MultiScaleDeformableAttention
 from mmdet.models.backbones.swin import SwinBlock
 from mmdet.models.dense_heads.grounding_dino_head import ContrastiveEmbed
@@ -22,6 +23,7 @@ from mmdet_gdino_lora.layers.decoder import LeanDecoder
 from mmdet_gdino_lora.layers.deformable import LeanDeformableAttention
 from mmdet_gdino_lora.layers.denoising import DenoisingQueryGenerator
 from mmdet_gdino_lora.layers.encoder import LeanEncoder
+from mmdet_gdino_lora.layers.frozen import LeanLinear, LeanMmcvLinear
 from mmdet_gdino_lora.layers.fusion import LeanBiAttention
 from mmdet_gdino_lora.layers.linear import LeanLoraLinear
 from mmdet_gdino_lora.layers.swin import LeanSwinBlock
@@ -35,6 +37,8 @@ LEAN: dict[type[nn.Module], type[nn.Module]] = {
     MultiScaleDeformableAttention: LeanDeformableAttention,
     BiMultiHeadAttention: LeanBiAttention,
     LoraLinear: LeanLoraLinear,
+    nn.Linear: LeanLinear,
+    MmcvLinear: LeanMmcvLinear,
     ContrastiveEmbed: TokenLogits,
     CdnQueryGenerator: DenoisingQueryGenerator,
 }
@@ -60,7 +64,9 @@ def exchange_layers(module: ModuleT) -> ModuleT:
     Returns:
         The same module.
     """
-    for child in list(module.modules()):
+    for name, child in list(module.named_modules()):
+        if name.startswith('language_model.') and type(child) is nn.Linear:
+            continue  # its features are remembered: casts of its weights would serve once
         if type(child) in LEAN:
             child.__class__ = LEAN[type(child)]
     return module

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from mmdet_gdino_lora.layers.frozen import as_type, autocast_type
+from mmdet_gdino_lora.layers.low_rank import AddedLinear, FoldedLinear, parts
 from mmdet_gdino_lora.peft_layers.adapter import Adapter, active_adapters, is_plain_lora
 from mmdet_gdino_lora.peft_layers.layers import LoraLinear
 
@@ -18,48 +20,97 @@ def adapted_linear(
 ) -> Tensor:
     """Run ``F.linear`` and add the adapters' share.
 
-    PEFT adds ``b(a(x))`` to the layer's output: two thin products and two more passes over the
-    output, forward and backward. In float32 the delta is folded into the weight instead (it is as
-    small as the weight, inputs are thousands of rows), which is one product. In lower precision the
-    fold would round small deltas away, and under adapter dropout it does not exist: both take
-    PEFT's way.
-
     Args:
         x: [..., in_features].
-        weight: [out_features, in_features].
+        weight: [out_features, in_features], a parameter.
         bias: [out_features] or None.
-        adapters: from `peft_layers.adapter.active_adapters`, possibly sliced by rows.
+        adapters: from `peft_layers.adapter.active_adapters`.
 
     Returns:
-        [..., out_features]; equal to PEFT's within float32 rounding.
+        [..., out_features]; equal to PEFT's within rounding.
     """
-    if not adapters:
-        return F.linear(x, weight, bias)
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    folds = (
-        x.dtype == weight.dtype == torch.float32
-        and not autocast
-        and not any(adapter.drops for adapter in adapters)
-        and all(adapter.a.dtype == torch.float32 for adapter in adapters)
-    )
-    if folds:
-        if len(adapters) == 1:
-            a, b, scaling, _ = adapters[0]
-        else:
-            a = torch.cat([adapter.a for adapter in adapters])
-            b = torch.cat([adapter.b * adapter.scaling for adapter in adapters], dim=1)
-            scaling = 1.0
-        return _FoldedLinear.apply(x, weight, bias, a, b, scaling)
-    if autocast:
+    return adapted_products([x], [len(weight)], weight, bias, adapters)[0]
+
+
+def adapted_products(
+    inputs: Sequence[Tensor],
+    rows: Sequence[int],
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: list[Adapter],
+) -> Sequence[Tensor]:
+    """Run a linear layer whose rows are shared out to several inputs, adapters included.
+
+    PEFT adds ``b(a(x))`` to the layer's output: two thin products and three more passes over the
+    output, forward and backward. In float32 the delta is folded into the weight instead (it is as
+    small as the weight, inputs are thousands of rows), which is one product. In lower precision the
+    fold would round small deltas away: there the second thin product adds to the output while it is
+    computed. Under adapter dropout, and where a weight trains as well, PEFT's way is taken.
+
+    Args:
+        inputs: [..., in_features] each.
+        rows: how many of the weight's rows each input gets, in their order.
+        weight: [out_features, in_features], a parameter.
+        bias: [out_features] or None.
+        adapters: from `peft_layers.adapter.active_adapters`.
+
+    Returns:
+        [..., rows] of each input; equal to PEFT's within rounding.
+    """
+    x = inputs[0]
+    dtype = autocast_type(x)
+    if not (adapters and _is_plain(inputs, weight, bias, adapters, dtype)):
+        return _one_after_the_other(inputs, rows, weight, bias, adapters, dtype)
+    if len(adapters) == 1:
+        a, b, scaling, _ = adapters[0]
+    else:
+        a = torch.cat([adapter.a for adapter in adapters])
+        b = torch.cat([adapter.b * adapter.scaling for adapter in adapters], dim=1)
+        scaling = 1.0
+    if dtype is None:
+        return FoldedLinear.apply(weight, bias, a, b, scaling, tuple(rows), *inputs)
+    weight, bias = as_type(weight, dtype), None if bias is None else as_type(bias, dtype)
+    inputs = [x.to(dtype) for x in inputs]
+    return AddedLinear.apply(weight, bias, a, b, scaling, tuple(rows), *inputs)
+
+
+def _is_plain(
+    inputs: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: list[Adapter],
+    dtype: torch.dtype | None,
+) -> bool:
+    """Whether the products of `low_rank` know what is asked for."""
+    if any(adapter.drops or adapter.a.dtype != torch.float32 for adapter in adapters):
+        return False
+    if dtype is None:
+        return {x.dtype for x in inputs} == {weight.dtype} == {torch.float32}
+    return not (weight.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def _one_after_the_other(
+    inputs: Sequence[Tensor],
+    rows: Sequence[int],
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: list[Adapter],
+    dtype: torch.dtype | None,
+) -> list[Tensor]:
+    """Add each adapter's output to the layer's, as PEFT does."""
+    if dtype is not None:
+        weight, bias = as_type(weight, dtype), None if bias is None else as_type(bias, dtype)
         # All products run in this type: one cast serves them all, and is what they keep of x.
-        x = x.to(torch.get_autocast_dtype(device))
-    out = F.linear(x, weight, bias)
-    for adapter in adapters:
-        given = x if autocast else x.to(adapter.a.dtype)
-        inner = F.linear(adapter.dropout(given), adapter.a)
-        out = out + (F.linear(inner, adapter.b) * adapter.scaling).to(out.dtype)
-    return out
+        inputs = [x.to(dtype) for x in inputs]
+    outs = []
+    for x, part in zip(inputs, parts(rows)):
+        out = F.linear(x, weight[part], None if bias is None else bias[part])
+        for adapter in adapters:
+            given = x if dtype is not None else x.to(adapter.a.dtype)
+            inner = F.linear(adapter.dropout(given), adapter.a)
+            out = out + (F.linear(inner, adapter.b[part]) * adapter.scaling).to(out.dtype)
+        outs.append(out)
+    return outs
 
 
 class LeanLoraLinear(LoraLinear):
@@ -83,51 +134,3 @@ class LeanLoraLinear(LoraLinear):
         if args or kwargs or not isinstance(base, nn.Linear) or not is_plain_lora(self):
             return super().forward(x, *args, **kwargs)
         return adapted_linear(x, base.weight, base.bias, active_adapters(self))
-
-
-class _FoldedLinear(torch.autograd.Function):
-    """This function is ``F.linear(x, weight + scaling * b @ a, bias)``.
-
-    Autograd would form the gradient of the folded weight, a product as large as the layer itself.
-    Here the backward pass goes through the thin factors.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        scaling: float,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, a, b)
-        ctx.scaling = scaling
-        folded = torch.addmm(weight, b, a, alpha=scaling)
-        if bias is None or not x.is_contiguous():
-            return F.linear(x, folded, bias)
-        # What F.linear does here, to the bit; but its result would be a view, which no activation
-        # may overwrite in place.
-        out = x.new_empty(*x.shape[:-1], len(weight))
-        torch.addmm(bias, x.view(-1, x.shape[-1]), folded.t(), out=out.view(-1, len(weight)))
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
-        grad_x = grad_weight = grad_bias = grad_a = grad_b = None
-        if needs_x:
-            grad_x = grad @ torch.addmm(weight, b, a, alpha=ctx.scaling)
-        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        if needs_a:
-            grad_a = (grads @ b).mul_(ctx.scaling).t() @ rows
-        if needs_b:
-            grad_b = grads.t() @ (rows @ a.t()).mul_(ctx.scaling)
-        if needs_weight:
-            grad_weight = grads.t() @ rows
-        if needs_bias:
-            grad_bias = grads.sum(0)
-        return grad_x, grad_weight, grad_bias, grad_a, grad_b, None

@@ -23,10 +23,6 @@ class Adapter(NamedTuple):
     scaling: float
     dropout: nn.Module
 
-    def rows(self, begin: int, end: int) -> Adapter:
-        """The same adapter for the output features ``begin`` to ``end``."""
-        return self._replace(b=self.b[begin:end])
-
     @property
     def drops(self) -> bool:
         """Whether the dropout acts now."""
