@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
 from mmdet.models.dense_heads import GroundingDINOHead
+from mmdet.models.layers import inverse_sigmoid
 from mmdet.registry import MODELS
 from mmdet.structures import SampleList
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_xyxy_to_cxcywh
@@ -21,6 +22,7 @@ from mmengine.logging import print_log
 from mmengine.structures import InstanceData
 from torch import Tensor
 
+from mmdet_gdino_lora.layers.branches import all_boxes, all_logits
 from mmdet_gdino_lora.objective import GroundingDINOCriterion
 from mmdet_gdino_lora.transfer import to_device
 
@@ -100,10 +102,39 @@ class GroundingDINOCriterionHead(GroundingDINOHead):
                 level=logging.WARNING,
             )
 
+    def forward(
+        self,
+        hidden_states: Tensor,
+        references: Union[Tensor, Sequence[Tensor]],
+        memory_text: Tensor,
+        text_token_mask: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """As mmdet's, all layers together.
+
+        Args:
+            hidden_states: Decoder outputs [L, B, Q, C].
+            references: Reference boxes before each layer, L times or more [B, Q, 4],
+                (cx, cy, w, h) in 0..1.
+            memory_text: Text features after the encoder [B, T, C].
+            text_token_mask: True at real tokens [B, T].
+
+        Returns:
+            Token logits [L, B, Q, T or more] and boxes [L, B, Q, 4] in 0..1.
+        """
+        num_layers = len(hidden_states)
+        before = references[:num_layers]
+        before = before if isinstance(before, Tensor) else torch.stack(list(before))
+        if before.shape[-1] != 4:  # boxes are not refined, and references are points
+            references = list(references)
+            return super().forward(hidden_states, references, memory_text, text_token_mask)
+        logits = all_logits(self.cls_branches, hidden_states, memory_text, text_token_mask)
+        boxes = all_boxes(self.reg_branches, hidden_states) + inverse_sigmoid(before)
+        return logits, boxes.sigmoid()
+
     def loss(
         self,
         hidden_states: Tensor,
-        references: list[Tensor],
+        references: Union[Tensor, Sequence[Tensor]],
         memory_text: Tensor,
         text_token_mask: Tensor,
         enc_outputs_class: Optional[Tensor],
@@ -192,7 +223,7 @@ class GroundingDINOCriterionHead(GroundingDINOHead):
     def predict(
         self,
         hidden_states: Tensor,
-        references: list[Tensor],
+        references: Union[Tensor, Sequence[Tensor]],
         memory_text: Tensor,
         text_token_mask: Tensor,
         batch_data_samples: SampleList,

@@ -232,7 +232,7 @@ class LeanGroundingDINO(GroundingDINO):
             **kwargs: As for mmdet's ``DINO.forward_decoder``; ``memory`` is the decoder's value.
 
         Returns:
-            ``hidden_states`` [L, B, Q, C] and ``references``, L + 1 times [B, Q, 4].
+            ``hidden_states`` [L, B, Q, C] and ``references`` [L + 1, B, Q, 4].
         """
         hidden_states, references = self.decoder(
             query=query,
@@ -242,4 +242,4 @@ class LeanGroundingDINO(GroundingDINO):
             reg_branches=self.bbox_head.reg_branches,
             **kwargs,
         )
-        return dict(hidden_states=hidden_states, references=list(references))
+        return dict(hidden_states=hidden_states, references=references)

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     'checks': {'errors', 'text'},
     'engine': {'checks', 'errors', 'files', 'text'},
     'lora': {'checks', 'errors', 'engine', 'files', 'layers', 'peft_layers'},
-    'head': {'errors', 'objective', 'samples', 'text', 'transfer'},
+    'head': {'errors', 'layers', 'objective', 'samples', 'text', 'transfer'},
     'retain': {'checks', 'errors', 'lora', 'objective', 'peft_layers', 'text', 'transfer'},
     'transformer': {'errors', 'layers', 'samples', 'text', 'transfer'},
     'route': {'checks', 'errors', 'lora', 'samples', 'text'},

@@ -61,22 +61,39 @@ class TokenLogits(ContrastiveEmbed):
 
     def _logits(self, visual_feat: Tensor, text_feat: Tensor) -> Tensor:
         """Score as `forward` does, padding included: [B, Q, T]."""
-        if text_feat.shape[1] > self.max_text_len:
+        logits = self.products(visual_feat, text_feat)
+        return logits if self.bias is None else logits + self.bias
+
+    def products(self, visual_feat: Tensor, text_feat: Tensor) -> Tensor:
+        """Scale and multiply: the logits [..., B, Q, T] without the bias.
+
+        Args:
+            visual_feat: [..., B, Q, C].
+            text_feat: [B, T, C].
+        """
+        self._check_length(text_feat.shape[1])
+        # The text is a few numbers beside the logits: its is the cheaper side to scale.
+        if isinstance(self.log_scale, nn.Parameter):
+            text_feat = text_feat * self.log_scale.exp()
+        elif self.log_scale == 'auto':
+            text_feat = text_feat / math.sqrt(visual_feat.shape[-1])
+        return visual_feat @ text_feat.transpose(-1, -2)
+
+    def scales_alike(self, other: TokenLogits) -> bool:
+        """Whether nothing but the bias is another's."""
+        own, its = self.log_scale, other.log_scale
+        alike = own is its or (isinstance(own, str) and own == its)
+        return alike and (self.bias is None) == (other.bias is None)
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens > self.max_text_len:
             remedy = (
                 f"let TokenSpans(max_tokens={self.max_text_len}, num_negatives='fit') sample them"
                 if self.training
                 else 'show fewer of them in a caption with model.test_cfg.chunked_size'
             )
             raise ConfigError(
-                f'the caption has {text_feat.shape[1]} tokens, more than max_text_len='
+                f'the caption has {tokens} tokens, more than max_text_len='
                 f'{self.max_text_len} in bbox_head.contrastive_cfg; shorten the class names, or '
                 f'{remedy}'
             )
-        logits = visual_feat @ text_feat.transpose(-1, -2)
-        if isinstance(self.log_scale, nn.Parameter):
-            logits = logits * self.log_scale.exp()
-        elif self.log_scale == 'auto':
-            logits = logits / math.sqrt(visual_feat.shape[-1])
-        if self.bias is not None:
-            logits = logits + self.bias
-        return logits

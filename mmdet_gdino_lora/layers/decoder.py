@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from mmdet.models.layers.transformer.grounding_dino_layers import GroundingDinoTransformerDecoder
-from mmdet.models.layers.transformer.utils import coordinate_to_encoding, inverse_sigmoid
+from mmdet.models.layers.transformer.utils import inverse_sigmoid
 from torch import Tensor, nn
+
+from mmdet_gdino_lora.layers.sine import encode_boxes
 
 
 class LeanDecoder(GroundingDinoTransformerDecoder):
@@ -48,7 +50,7 @@ class LeanDecoder(GroundingDinoTransformerDecoder):
         outputs, boxes = [], [reference_points]
         for layer, branch in zip(self.layers, reg_branches):
             on_levels = reference_points[:, :, None] * scale
-            encoded = coordinate_to_encoding(on_levels[:, :, 0], num_feats=width)
+            encoded = encode_boxes(on_levels[:, :, 0], width)
             query = layer(
                 query,
                 query_pos=self.ref_point_head(encoded),
