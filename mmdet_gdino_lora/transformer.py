@@ -9,15 +9,23 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from mmdet.models.detectors import GroundingDINO
 from mmdet.structures import SampleList
 from torch import Tensor
 
-from mmdet_gdino_lora.layers.levels import level_tensors, padding_masks
+from mmdet_gdino_lora.layers.levels import (
+    host_shapes,
+    level_tensors,
+    padding_mask,
+    seen_sizes,
+)
+from mmdet_gdino_lora.layers.positions import level_positions
 from mmdet_gdino_lora.layers.precision import as_autocast
 from mmdet_gdino_lora.layers.proposals import Proposals, select_proposals
 from mmdet_gdino_lora.text import TokenizedCaption
+from mmdet_gdino_lora.transfer import to_device
 
 
 class LeanGroundingDINO(GroundingDINO):
@@ -77,22 +85,27 @@ class LeanGroundingDINO(GroundingDINO):
             Inputs of the encoder and inputs of the decoder.
         """
         assert batch_data_samples, 'the images are padded as their samples say'
-        first = batch_data_samples[0]
-        shapes = [sample.img_shape for sample in batch_data_samples]
-        masks = padding_masks(mlvl_feats, shapes, first.batch_input_shape)
-        if masks is None:
-            positions = [self.positional_encoding(None, input=feat) for feat in mlvl_feats]
-            valid_ratios = mlvl_feats[0].new_ones(len(shapes), len(mlvl_feats), 2)
-            mask = None
-        else:
-            positions = [self.positional_encoding(level) for level in masks]
-            valid_ratios = torch.stack([self.get_valid_ratio(level) for level in masks], 1)
-            mask = torch.cat([level.flatten(1) for level in masks], 1)
-        positions = [
-            position.flatten(2).transpose(1, 2) + embedding
-            for position, embedding in zip(positions, self.level_embed)
-        ]
+        batch, device = len(batch_data_samples), mlvl_feats[0].device
         spatial_shapes, level_start_index = level_tensors(mlvl_feats)
+        shapes = host_shapes(spatial_shapes)
+        seen = seen_sizes(
+            shapes,
+            [sample.img_shape for sample in batch_data_samples],
+            batch_data_samples[0].batch_input_shape,
+        )
+        if seen is None:
+            mask = None
+            valid_ratios = mlvl_feats[0].new_ones(batch, len(shapes), 2)
+        else:
+            mask = to_device(padding_mask(shapes, seen), device)
+            ratios = seen.astype(np.float32) / np.array(shapes, np.float32)
+            valid_ratios = to_device(np.ascontiguousarray(ratios[..., ::-1]), device)
+        positions = [
+            position + embedding
+            for position, embedding in zip(
+                level_positions(self.positional_encoding, shapes, seen, device), self.level_embed
+            )
+        ]
         levels = dict(
             spatial_shapes=spatial_shapes,
             level_start_index=level_start_index,
@@ -101,7 +114,7 @@ class LeanGroundingDINO(GroundingDINO):
         encoder_inputs = dict(
             feat=torch.cat([feat.flatten(2).transpose(1, 2) for feat in mlvl_feats], 1),
             feat_mask=mask,
-            feat_pos=torch.cat(positions, 1),
+            feat_pos=torch.cat(positions, 1).expand(batch, -1, -1),
             **levels,
         )
         return encoder_inputs, dict(memory_mask=mask, **levels)

@@ -10,7 +10,7 @@ from mmdet.models.layers.transformer.utils import get_text_sine_pos_embed
 from torch import Tensor, nn
 
 from mmdet_gdino_lora.layers.checkpointing import run_checkpointed
-from mmdet_gdino_lora.layers.levels import host_shapes
+from mmdet_gdino_lora.layers.levels import grid, host_shapes
 
 
 class LeanEncoder(GroundingDinoTransformerEncoder):
@@ -91,9 +91,9 @@ class LeanEncoder(GroundingDinoTransformerEncoder):
             float32 [B, S, levels, 2]: the centre of each position in 0..1 of the unpadded image,
             times the level's valid ratio.
         """
-        return GroundingDinoTransformerEncoder.get_encoder_reference_points(
-            host_shapes(spatial_shapes), valid_ratios, device
-        )
+        places = grid(host_shapes(spatial_shapes), torch.device(device))
+        sizes = (valid_ratios * places.sizes).index_select(1, places.level)
+        return (places.centres / sizes)[:, :, None] * valid_ratios[:, None]
 
 
 def _text_inputs(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmdet_gdino_lora.transfer import to_device
@@ -60,23 +60,83 @@ def host_shapes(spatial_shapes: Tensor | Shapes) -> Shapes:
     return shapes
 
 
-def padding_masks(
-    feats: Sequence[Tensor], image_shapes: Sequence[tuple[int, int]], input_shape: tuple[int, int]
-) -> list[Tensor] | None:
-    """Mark the positions of each level that show no image, as mmdet's ``pre_transformer`` does.
+class Grid(NamedTuple):
+    """Numbers of all S positions of a feature pyramid, which depend on its sizes alone.
+
+    Attributes:
+        level: int64 [S], of each position.
+        centres: float32 [S, 2], (x + 0.5, y + 0.5) within its level.
+        sizes: float32 [levels, 2], (width, height).
+    """
+
+    level: Tensor
+    centres: Tensor
+    sizes: Tensor
+
+
+@lru_cache(maxsize=32)
+def grid(shapes: Shapes, device: torch.device) -> Grid:
+    """Give the positions of levels of these sizes.
+
+    They are remembered: 24 bytes a position, half a megabyte for an image of 800 x 1333. Never
+    write into them.
 
     Args:
-        feats: feature maps [B, C, H, W], one per level.
+        shapes: (height, width) of each level.
+        device: where the numbers are needed.
+    """
+    level = np.repeat(np.arange(len(shapes)), [height * width for height, width in shapes])
+    centres = np.concatenate(
+        [np.indices(shape)[::-1].reshape(2, -1).T + np.float32(0.5) for shape in shapes]
+    )
+    sizes = np.array(shapes)[:, ::-1]
+    with torch.inference_mode(False):  # training may come next
+        numbers = np.concatenate((centres, sizes)).astype(np.float32)
+        places, widths = to_device(numbers, device).split([len(centres), len(shapes)])
+        return Grid(to_device(level, device), places, widths)
+
+
+def seen_sizes(
+    shapes: Shapes, image_shapes: Sequence[tuple[int, int]], input_shape: tuple[int, int]
+) -> np.ndarray | None:
+    """Tell which part of each level shows the image, as mmdet's ``pre_transformer`` finds out.
+
+    mmdet draws the padding in pixels and shrinks the drawing to every level, on the device.
+
+    Args:
+        shapes: (height, width) of each level.
         image_shapes: (height, width) of each image before the batch was padded, in pixels.
         input_shape: (height, width) of the padded batch.
 
     Returns:
-        bool [B, H, W] per level, True: padding; None where no image is padded.
+        int64 [B, levels, 2], height and width; None where no image is padded.
     """
-    image_shapes = [(height, width) for height, width, *_ in image_shapes]
-    if all(shape == tuple(input_shape) for shape in image_shapes):
+    images = np.array([shape[:2] for shape in image_shapes])
+    if (images == np.array(input_shape[:2])).all():
         return None
-    masks = feats[0].new_ones((1, len(image_shapes), *input_shape))
-    for index, (height, width) in enumerate(image_shapes):
-        masks[0, index, :height, :width] = 0
-    return [F.interpolate(masks, size=feat.shape[-2:])[0].to(torch.bool) for feat in feats]
+    seen = np.empty((len(images), len(shapes), 2), np.int64)
+    for level, shape in enumerate(shapes):
+        for axis in range(2):
+            # The pixel that stands for each row or column: the nearest one, rounded as torch does.
+            step = np.float32(input_shape[axis] / shape[axis])
+            pixels = np.floor(np.arange(shape[axis], dtype=np.float32) * step)
+            seen[:, level, axis] = (pixels < images[:, axis, None]).sum(1)
+    return seen
+
+
+def padding_mask(shapes: Shapes, seen: np.ndarray) -> np.ndarray:
+    """Mark the positions that show no image.
+
+    Args:
+        shapes: (height, width) of each level.
+        seen: int64 [B, levels, 2], of `seen_sizes`.
+
+    Returns:
+        bool [B, S], True: padding.
+    """
+    masks = []
+    for (height, width), sizes in zip(shapes, seen.transpose(1, 2, 0)):
+        below = np.arange(height) >= sizes[0, :, None]
+        beside = np.arange(width) >= sizes[1, :, None]
+        masks.append((below[:, :, None] | beside[:, None]).reshape(len(seen), -1))
+    return np.concatenate(masks, axis=1)

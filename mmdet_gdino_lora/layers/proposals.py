@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.layers.contrastive import TokenLogits
-from mmdet_gdino_lora.layers.levels import host_shapes
+from mmdet_gdino_lora.layers.levels import Shapes, grid, host_shapes
 
 
 class Proposals(NamedTuple):
@@ -97,24 +97,25 @@ def position_boxes(
         [B or 1, S, 4] as (cx, cy, w, h) before the sigmoid, inf where there is no valid box, and
         bool [B or 1, S]: whether there is one.
     """
-    boxes, begin = [], 0
-    for level, (height, width) in enumerate(host_shapes(spatial_shapes)):
-        y = torch.arange(height, dtype=torch.float32, device=device) + 0.5
-        x = torch.arange(width, dtype=torch.float32, device=device) + 0.5
-        if memory_mask is None:
-            y, x = (y / height)[None], (x / width)[None]
-        else:
-            seen = ~memory_mask[:, begin : begin + height * width].view(-1, height, width)
-            y = y / seen[:, :, 0].sum(1, keepdim=True)
-            x = x / seen[:, 0].sum(1, keepdim=True)
-        grid = torch.stack(
-            (x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)), dim=-1
-        ).flatten(1, 2)
-        boxes.append(torch.cat((grid, torch.full_like(grid, 0.05 * 2.0**level)), dim=-1))
-        begin += height * width
-    box = torch.cat(boxes, dim=1)
+    shapes = host_shapes(spatial_shapes)
+    places = grid(shapes, device)
+    sizes = places.sizes[None] if memory_mask is None else _seen_sizes(shapes, memory_mask)
+    centres = places.centres / sizes.index_select(1, places.level)
+    extents = (0.05 * 2.0 ** torch.arange(len(shapes), device=device)).index_select(0, places.level)
+    extents = extents[None, :, None].expand_as(centres)
+    box = torch.cat((centres, extents), dim=-1)
     valid = ((box > 0.01) & (box < 0.99)).all(-1)
     box = torch.log(box / (1 - box)).masked_fill_(~valid[..., None], float('inf'))
     if memory_mask is not None:
         box = box.masked_fill_(memory_mask[..., None], float('inf'))
     return box, valid
+
+
+def _seen_sizes(shapes: Shapes, memory_mask: Tensor) -> Tensor:
+    """Count the columns and rows of each level that show the image: float32 [B, levels, 2]."""
+    sums, begin, seen = [], 0, ~memory_mask
+    for height, width in shapes:
+        level = seen[:, begin : begin + height * width].view(-1, height, width)
+        sums += [level[:, 0].sum(1), level[:, :, 0].sum(1)]
+        begin += height * width
+    return torch.stack(sums, dim=1).view(-1, len(shapes), 2)
