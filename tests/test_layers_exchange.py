@@ -9,7 +9,7 @@ import torch
 from mmcv.cnn.bricks.transformer import MultiheadAttention
 from mmcv.cnn.bricks.wrappers import Linear as MmcvLinear
 from mmcv.ops import MultiScaleDeformableAttention
-from mmdet.models.backbones.swin import SwinBlock
+from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock
 from mmdet.models.dense_heads.grounding_dino_head import ContrastiveEmbed
 from mmdet.models.layers import CdnQueryGenerator
 from mmdet.models.layers.transformer import grounding_dino_layers
@@ -31,6 +31,7 @@ from tests.builders import (
 
 STOCK = {
     SwinBlock,
+    ShiftWindowMSA,
     grounding_dino_layers.GroundingDinoTransformerEncoder,
     grounding_dino_layers.GroundingDinoTransformerDecoder,
     MultiheadAttention,

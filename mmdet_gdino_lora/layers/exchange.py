@@ -7,7 +7,7 @@ from typing import TypeVar
 from mmcv.cnn.bricks.transformer import MultiheadAttention
 from mmcv.cnn.bricks.wrappers import Linear as MmcvLinear
 from mmcv.ops import MultiScaleDeformableAttention
-from mmdet.models.backbones.swin import SwinBlock
+from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock
 from mmdet.models.dense_heads.grounding_dino_head import ContrastiveEmbed
 from mmdet.models.layers import CdnQueryGenerator
 from mmdet.models.layers.transformer.grounding_dino_layers import (
@@ -26,11 +26,12 @@ from mmdet_gdino_lora.layers.encoder import LeanEncoder
 from mmdet_gdino_lora.layers.frozen import LeanLinear, LeanMmcvLinear
 from mmdet_gdino_lora.layers.fusion import LeanBiAttention
 from mmdet_gdino_lora.layers.linear import LeanLoraLinear
-from mmdet_gdino_lora.layers.swin import LeanSwinBlock
+from mmdet_gdino_lora.layers.swin import LeanShiftWindowMSA, LeanSwinBlock
 from mmdet_gdino_lora.peft_layers.layers import LoraLinear
 
 LEAN: dict[type[nn.Module], type[nn.Module]] = {
     SwinBlock: LeanSwinBlock,
+    ShiftWindowMSA: LeanShiftWindowMSA,
     GroundingDinoTransformerEncoder: LeanEncoder,
     GroundingDinoTransformerDecoder: LeanDecoder,
     MultiheadAttention: LeanMultiheadAttention,

@@ -11,7 +11,7 @@ not be noticed: PEFT merges like that, but not while a model trains.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -22,16 +22,17 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 
-class _Cast(NamedTuple):
+class _Derived(NamedTuple):
     version: int
-    place: int
-    cast: Tensor
+    storage: int
+    key: Hashable
+    value: Tensor
 
 
 class _Memory:
-    """Casts by weight, and whether there are to be more."""
+    """What was made of weights, and whether there is to be more."""
 
-    casts: WeakIdKeyDictionary = WeakIdKeyDictionary()
+    made: WeakIdKeyDictionary = WeakIdKeyDictionary()
     on = False
 
 
@@ -47,7 +48,7 @@ def remembered() -> Iterator[None]:
 
 def forget() -> None:
     """Gives the memory back; what is needed later is cast anew."""
-    _Memory.casts.clear()
+    _Memory.made.clear()
 
 
 def autocast_type(x: Tensor) -> torch.dtype | None:
@@ -70,15 +71,29 @@ def as_type(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if weight.dtype == dtype:
         return weight
+    return derived(weight, dtype, lambda w: w.to(dtype))
+
+
+def derived(weight: Tensor, key: Hashable, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """Give a function of a weight; that of a frozen one is remembered.
+
+    Args:
+        weight: A parameter.
+        key: Of the function; the last one is remembered.
+        make: The function.
+
+    Returns:
+        Its value. Not to be written into.
+    """
     if weight.requires_grad or not _Memory.on or torch.compiler.is_compiling():
-        return weight.to(dtype)
-    known: _Cast | None = _Memory.casts.get(weight)
-    now = (0 if weight.is_inference() else weight._version, weight.untyped_storage()._cdata)
-    if known is None or known[:2] != now or known.cast.dtype != dtype:
+        return make(weight)
+    known: _Derived | None = _Memory.made.get(weight)
+    now = (0 if weight.is_inference() else weight._version, weight.untyped_storage()._cdata, key)
+    if known is None or known[:3] != now:
         with torch.inference_mode(False), torch.no_grad():  # training may come next
-            known = _Cast(*now, weight.detach().to(dtype))
-        _Memory.casts[weight] = known
-    return known.cast
+            known = _Derived(*now, make(weight.detach()))
+        _Memory.made[weight] = known
+    return known.value
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
