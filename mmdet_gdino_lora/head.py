@@ -203,22 +203,20 @@ class GroundingDINOCriterionHead(GroundingDINOHead):
             Per image: labels [N], boxes [N, 4] as (cx, cy, w, h) in 0..1, token_labels [N, T] and
             img_meta, which a user's own matching cost may read.
         """
-        targets = []
-        for sample in batch_data_samples:
-            instances = sample.gt_instances
-            height, width = sample.img_shape[:2]
-            size = torch.tensor([width, height, width, height], dtype=instances.bboxes.dtype)
-            targets.append(
-                dict(
-                    labels=instances.labels,
-                    boxes=bbox_xyxy_to_cxcywh(
-                        instances.bboxes / size.to(instances.bboxes.device, non_blocking=True)
-                    ),
-                    token_labels=instances.positive_maps,
-                    img_meta=sample.metainfo,
-                )
+        boxes = torch.cat([sample.gt_instances.bboxes for sample in batch_data_samples])
+        counts = [len(sample.gt_instances.labels) for sample in batch_data_samples]
+        sizes = np.array([sample.img_shape[:2] for sample in batch_data_samples])[:, [1, 0, 1, 0]]
+        scale = to_device(np.repeat(sizes, counts, axis=0).astype(np.float32), boxes.device)
+        boxes = bbox_xyxy_to_cxcywh(boxes / scale.to(boxes.dtype))
+        return [
+            dict(
+                labels=sample.gt_instances.labels,
+                boxes=of_image,
+                token_labels=sample.gt_instances.positive_maps,
+                img_meta=sample.metainfo,
             )
-        return targets
+            for sample, of_image in zip(batch_data_samples, boxes.split(counts))
+        ]
 
     def predict(
         self,

@@ -13,7 +13,7 @@ from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock
 from mmdet.models.dense_heads.grounding_dino_head import ContrastiveEmbed
 from mmdet.models.layers import CdnQueryGenerator
 from mmdet.models.layers.transformer import grounding_dino_layers
-from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention
+from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention, SingleScaleBiAttentionBlock
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
@@ -37,6 +37,7 @@ STOCK = {
     MultiheadAttention,
     MultiScaleDeformableAttention,
     BiMultiHeadAttention,
+    SingleScaleBiAttentionBlock,
     LoraLinear,
     nn.Linear,
     MmcvLinear,

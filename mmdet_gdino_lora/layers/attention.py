@@ -106,11 +106,11 @@ def _attend(
         rows = [count * size for count in counts]
         packed = base.in_proj_weight, base.in_proj_bias
         outs = adapted_products(inputs, rows, *packed, weights.in_adapters)
-        heads_of = [
-            out.unflatten(-1, (count, heads, size // heads)).permute(2, 0, 3, 1, 4).unbind(0)
-            for out, count in zip(outs, counts)
+        return [
+            part.unflatten(-1, (heads, size // heads)).transpose(1, 2)
+            for out in outs
+            for part in out.split(size, dim=-1)
         ]
-        return [projected for of_input in heads_of for projected in of_input]
 
     if query is key and key is value:
         q, k, v = project([query], [3])

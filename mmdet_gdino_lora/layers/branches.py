@@ -30,15 +30,16 @@ def all_boxes(branches: Iterable[nn.Module], hidden: Tensor) -> Tensor:
     steps = list(zip(*of_layers)) if all(isinstance(b, nn.Sequential) for b in of_layers) else []
     if not steps or not all(_together(step) for step in steps):
         return torch.stack([branch(layer) for branch, layer in zip(of_layers, hidden.unbind())])
-    x = hidden.flatten(1, 2)
+    # Weights from the left, queries as columns: their gradients then come as they lie in memory.
+    x = hidden.flatten(1, 2).transpose(1, 2)
     for step in steps:
         if isinstance(step[0], nn.ReLU):
             x = x.relu()
         else:
             weight = torch.stack([layer.weight for layer in step])
             bias = torch.stack([layer.bias for layer in step])
-            x = torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
-    return x.unflatten(1, hidden.shape[1:3])
+            x = torch.baddbmm(bias[:, :, None], weight, x)
+    return x.transpose(1, 2).unflatten(1, hidden.shape[1:3])
 
 
 def _together(step: Sequence[nn.Module]) -> bool:

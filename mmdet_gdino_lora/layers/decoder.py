@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from mmdet.models.layers.transformer.grounding_dino_layers import GroundingDinoTransformerDecoder
-from mmdet.models.layers.transformer.utils import inverse_sigmoid
 from torch import Tensor, nn
 
+from mmdet_gdino_lora.layers.bias import as_bias
 from mmdet_gdino_lora.layers.sine import encode_boxes
 
 
@@ -45,7 +45,10 @@ class LeanDecoder(GroundingDinoTransformerDecoder):
             mmdet's: outputs [layers, B, Q, C] and reference boxes [layers + 1, B, Q, 4].
         """
         scale = torch.cat([valid_ratios, valid_ratios], -1)[:, None]
-        bias = None if self_attn_mask is None else _as_bias(self_attn_mask, query)
+        bias = None if self_attn_mask is None else as_bias(self_attn_mask, query)
+        barred: Tensor | None = kwargs.pop('text_attention_mask', None)
+        if barred is not None:
+            kwargs['text_attention_mask'] = as_bias(barred, query)
         width = self.ref_point_head.layers[0].in_features // 4
         outputs, boxes = [], [reference_points]
         for layer, branch in zip(self.layers, reg_branches):
@@ -61,19 +64,13 @@ class LeanDecoder(GroundingDinoTransformerDecoder):
                 **kwargs,
             )
             # A layer's loss reaches the boxes of the layer before: only what goes on is detached.
-            moved = branch(query) + inverse_sigmoid(reference_points, eps=1e-3)
+            moved = branch(query) + _before_sigmoid(reference_points)
             boxes.append(moved.sigmoid())
             reference_points = boxes[-1].detach()
             outputs.append(self.norm(query))
         return torch.stack(outputs), torch.stack(boxes)
 
 
-def _as_bias(mask: Tensor, query: Tensor) -> Tensor:
-    # Attention kernels turn a bool mask into a bias and keep that for the backward pass: once here,
-    # rather than once per layer.
-    if mask.dtype != torch.bool:
-        return mask
-    device = query.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else query.dtype
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float('-inf'))
+def _before_sigmoid(boxes: Tensor, eps: float = 1e-3) -> Tensor:
+    """Invert the sigmoid as mmdet does, for numbers that lie in 0..1 already."""
+    return torch.log(boxes.clamp(min=eps) / (1 - boxes).clamp(min=eps))

@@ -16,7 +16,7 @@ from mmengine.logging import MMLogger
 from torch import Tensor
 
 from mmdet_gdino_lora.layers.cpu.sampling import sample_levels
-from mmdet_gdino_lora.layers.levels import host_shapes
+from mmdet_gdino_lora.layers.levels import grid, host_shapes
 
 
 class LeanDeformableAttention(MultiScaleDeformableAttention):
@@ -98,10 +98,16 @@ class LeanDeformableAttention(MultiScaleDeformableAttention):
         offsets = self.sampling_offsets(query)
         offsets = offsets.unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
         if reference_points.shape[-1] == 2:
-            scale = 1 / spatial_shapes.flip(-1)[:, None]
-            return reference_points[:, :, None, :, None] + offsets * scale
+            cells = grid(host_shapes(spatial_shapes), query.device).cells[:, None]
+            return _moved(reference_points[:, :, None, :, None], offsets, cells)
         centres, sizes = reference_points[:, :, None, :, None].split(2, dim=-1)
-        return centres + offsets * (sizes * (0.5 / self.num_points))
+        return _moved(centres, offsets, sizes * (0.5 / self.num_points))
+
+
+def _moved(points: Tensor, offsets: Tensor, units: Tensor) -> Tensor:
+    if offsets.dtype == points.dtype:
+        return torch.addcmul(points, offsets, units)
+    return points + offsets * units  # of two types, without a cast
 
 
 Sampler = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]

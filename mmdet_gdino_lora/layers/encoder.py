@@ -9,6 +9,7 @@ from mmdet.models.layers.transformer.grounding_dino_layers import GroundingDinoT
 from mmdet.models.layers.transformer.utils import get_text_sine_pos_embed
 from torch import Tensor, nn
 
+from mmdet_gdino_lora.layers.bias import as_bias
 from mmdet_gdino_lora.layers.checkpointing import run_checkpointed
 from mmdet_gdino_lora.layers.levels import grid, host_shapes
 
@@ -110,7 +111,7 @@ def _text_inputs(
         pos_text = get_text_sine_pos_embed(
             position_ids[..., None], num_pos_feats=256, exchange_xy=False
         )
-    hidden = None if sees is None else ~sees[:, None]
+    hidden = None if sees is None else as_bias(~sees[:, None], memory_text)
     return dict(query_pos=pos_text, attn_mask=hidden, key_padding_mask=None)
 
 

@@ -14,7 +14,7 @@ from mmdet.models.layers.transformer.grounding_dino_layers import (
     GroundingDinoTransformerDecoder,
     GroundingDinoTransformerEncoder,
 )
-from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention
+from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention, SingleScaleBiAttentionBlock
 from torch import nn
 
 from mmdet_gdino_lora.layers.attention import LeanMultiheadAttention
@@ -24,7 +24,7 @@ from mmdet_gdino_lora.layers.deformable import LeanDeformableAttention
 from mmdet_gdino_lora.layers.denoising import DenoisingQueryGenerator
 from mmdet_gdino_lora.layers.encoder import LeanEncoder
 from mmdet_gdino_lora.layers.frozen import LeanLinear, LeanMmcvLinear
-from mmdet_gdino_lora.layers.fusion import LeanBiAttention
+from mmdet_gdino_lora.layers.fusion import LeanBiAttention, LeanFusionBlock
 from mmdet_gdino_lora.layers.linear import LeanLoraLinear
 from mmdet_gdino_lora.layers.swin import LeanShiftWindowMSA, LeanSwinBlock
 from mmdet_gdino_lora.peft_layers.layers import LoraLinear
@@ -37,6 +37,7 @@ LEAN: dict[type[nn.Module], type[nn.Module]] = {
     MultiheadAttention: LeanMultiheadAttention,
     MultiScaleDeformableAttention: LeanDeformableAttention,
     BiMultiHeadAttention: LeanBiAttention,
+    SingleScaleBiAttentionBlock: LeanFusionBlock,
     LoraLinear: LeanLoraLinear,
     nn.Linear: LeanLinear,
     MmcvLinear: LeanMmcvLinear,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention
+from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention, SingleScaleBiAttentionBlock
 from torch import Tensor
 
 from mmdet_gdino_lora.layers.cpu.dropout import attend
@@ -63,3 +63,38 @@ class LeanBiAttention(BiMultiHeadAttention):
             self.out_v_proj(merged(to_image)),
             self.out_l_proj(merged(to_text)),
         )
+
+
+class LeanFusionBlock(SingleScaleBiAttentionBlock):
+    """This is mmdet's ``SingleScaleBiAttentionBlock``; it scales and adds in one operation."""
+
+    def single_attention_call(
+        self,
+        visual: Tensor,
+        lang: Tensor,
+        attention_mask_v: Tensor | None = None,
+        attention_mask_l: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Let image and text attend to each other, and add what they see.
+
+        Args:
+            visual: [B, S, v_dim].
+            lang: [B, T, l_dim].
+            attention_mask_v: as for `LeanBiAttention`.
+            attention_mask_l: as for `LeanBiAttention`.
+
+        Returns:
+            [B, S, v_dim] and [B, T, l_dim].
+        """
+        masks = dict(attention_mask_v=attention_mask_v, attention_mask_l=attention_mask_l)
+        if self.drop_path.training and getattr(self.drop_path, 'drop_prob', 0.0):
+            return super().single_attention_call(visual, lang, **masks)
+        visual, lang = self.layer_norm_v(visual), self.layer_norm_l(lang)
+        delta_v, delta_l = self.attn(visual, lang, **masks)
+        return _scaled(visual, self.gamma_v, delta_v), _scaled(lang, self.gamma_l, delta_l)
+
+
+def _scaled(x: Tensor, gamma: Tensor, delta: Tensor) -> Tensor:
+    if x.dtype == gamma.dtype == delta.dtype:
+        return torch.addcmul(x, gamma, delta)
+    return x + gamma * delta  # of several types, without a cast

@@ -67,11 +67,13 @@ class Grid(NamedTuple):
         level: int64 [S], of each position.
         centres: float32 [S, 2], (x + 0.5, y + 0.5) within its level.
         sizes: float32 [levels, 2], (width, height).
+        cells: float32 [levels, 2], 1 / sizes.
     """
 
     level: Tensor
     centres: Tensor
     sizes: Tensor
+    cells: Tensor
 
 
 @lru_cache(maxsize=32)
@@ -91,9 +93,9 @@ def grid(shapes: Shapes, device: torch.device) -> Grid:
     )
     sizes = np.array(shapes)[:, ::-1]
     with torch.inference_mode(False):  # training may come next
-        numbers = np.concatenate((centres, sizes)).astype(np.float32)
-        places, widths = to_device(numbers, device).split([len(centres), len(shapes)])
-        return Grid(to_device(level, device), places, widths)
+        numbers = np.concatenate((centres, sizes, 1 / sizes)).astype(np.float32)
+        parts = to_device(numbers, device).split([len(centres), len(shapes), len(shapes)])
+        return Grid(to_device(level, device), *parts)
 
 
 def seen_sizes(

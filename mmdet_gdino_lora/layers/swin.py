@@ -11,12 +11,10 @@ from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock, WindowMSA
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mmdet_gdino_lora.layers.bias import ALIGNMENT
 from mmdet_gdino_lora.layers.checkpointing import gradient_flows
 from mmdet_gdino_lora.layers.frozen import derived
 from mmdet_gdino_lora.transfer import to_device
-
-ALIGNMENT = 16
-"""Of a bias's rows, in numbers: attention kernels on CUDA copy a bias of another length."""
 
 
 class LeanSwinBlock(SwinBlock):
