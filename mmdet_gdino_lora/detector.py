@@ -30,6 +30,7 @@ from mmdet_gdino_lora.engine.unfit import check_fit
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.layers import precision
 from mmdet_gdino_lora.layers.exchange import exchange_layers
+from mmdet_gdino_lora.layers.factors import cast_together
 from mmdet_gdino_lora.layers.frozen import forget, remembered
 from mmdet_gdino_lora.lora import (
     ADAPTER,
@@ -42,6 +43,7 @@ from mmdet_gdino_lora.lora import (
     lora_state,
     set_adapter,
     set_frozen_eval,
+    trained_factors,
     write_card,
 )
 from mmdet_gdino_lora.phrases import LostPhrases, without_lost
@@ -142,6 +144,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         self.check_adapters = check_adapters and lora is not None
         self._gradient_check: Optional[GradientCheck] = None
         self._boxes_in_last_step = 0
+        self._factors = trained_factors(self)
         self._config_told = lora is None
         self.lost_phrases = LostPhrases()
         self.token_targets = TokenTargets(self.bbox_head.num_classes if dn_cfg else None)
@@ -198,6 +201,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         """
         load_adapter(self, source, name)
         exchange_layers(self)
+        self._factors = trained_factors(self)
 
     def set_adapter(self, adapter: Union[str, Mapping[str, float], None] = ADAPTER) -> None:
         """Switches to an adapter, to a combination, or to the base; nothing is read again.
@@ -254,6 +258,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         """
         if mode:
             check_fit(runner_config())  # the last that a run does before it compiles
+            self._factors = trained_factors(self)
         else:
             forget()
         super().train(mode)
@@ -286,7 +291,8 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         Returns:
             The head's components under the criterion's names.
         """
-        with precision.autocast(batch_inputs.device, self._base_dtype), remembered():
+        mixed = precision.autocast(batch_inputs.device, self._base_dtype)
+        with mixed, remembered(), cast_together(self._factors):
             return self._loss(batch_inputs, batch_data_samples)
 
     def _loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdet_gdino_lora.layers.factors import cast_factor
 from mmdet_gdino_lora.layers.frozen import as_type, autocast_type
 from mmdet_gdino_lora.layers.low_rank import AddedLinear, FoldedLinear, parts
 from mmdet_gdino_lora.peft_layers.adapter import Adapter, active_adapters, is_plain_lora
@@ -71,6 +72,7 @@ def adapted_products(
         return FoldedLinear.apply(weight, bias, a, b, scaling, tuple(rows), *inputs)
     weight, bias = as_type(weight, dtype), None if bias is None else as_type(bias, dtype)
     inputs = [x.to(dtype) for x in inputs]
+    a, b = cast_factor(a), cast_factor(b)
     return AddedLinear.apply(weight, bias, a, b, scaling, tuple(rows), *inputs)
 
 

@@ -10,7 +10,7 @@ from mmdet_gdino_lora.lora.state import LoraState, lora_state
 from mmdet_gdino_lora.lora.store.base import load_base
 from mmdet_gdino_lora.lora.store.checkpoint import install_hooks
 from mmdet_gdino_lora.lora.store.folder import export_adapter, write_card
-from mmdet_gdino_lora.lora.tensors import ADAPTER, IMAGE_TOWER
+from mmdet_gdino_lora.lora.tensors import ADAPTER, IMAGE_TOWER, trained_factors
 
 __all__ = [
     'ADAPTER',
@@ -31,5 +31,6 @@ __all__ = [
     'lora_state',
     'set_adapter',
     'set_frozen_eval',
+    'trained_factors',
     'write_card',
 ]

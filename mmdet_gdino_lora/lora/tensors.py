@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 
+import torch
 from torch import Tensor, nn
 
 ADAPTER = 'default'
@@ -39,6 +40,22 @@ def is_factor(name: str, adapter: str = '') -> bool:
     if '.lora_' not in name:
         return False
     return not adapter or f'.{adapter}.' in name or name.endswith(f'.{adapter}')
+
+
+def trained_factors(detector: nn.Module) -> list[Tensor]:
+    """The low-rank factors of linear and attention layers that are trained, in float32.
+
+    Args:
+        detector: The detector, injected or not.
+    """
+    return [
+        parameter
+        for name, parameter in detector.named_parameters()
+        if ('.lora_A.' in name or '.lora_B.' in name)
+        and parameter.requires_grad
+        and parameter.dim() == 2
+        and parameter.dtype == torch.float32
+    ]
 
 
 def places(detector: nn.Module) -> dict[str, tuple[nn.Module, str]]:
