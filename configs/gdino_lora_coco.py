@@ -15,6 +15,8 @@ model = dict(
     base_checkpoint=_base_.load_from,
     lora=dict(preset='decoder', r=16, lora_alpha=32),
     train_box_head=True,
+    precision='auto',  # bfloat16 mixed precision and TF32 on a GPU that has them; or 'float32'
+    data_preprocessor=dict(non_blocking=True),
     language_model=dict(type='GroundingTextEncoder', name=lang_model_name),
     backbone=dict(init_cfg=None),  # the base brings the backbone's weights
     bbox_head=dict(
@@ -56,8 +58,9 @@ test_pipeline = [
     ),
 ]
 
-train_dataloader = dict(dataset=dict(data_root=data_root, pipeline=train_pipeline))
-val_dataloader = dict(dataset=dict(data_root=data_root, pipeline=test_pipeline))
+# Images go to the GPU from pinned memory, which the host doesn't wait for.
+train_dataloader = dict(pin_memory=True, dataset=dict(data_root=data_root, pipeline=train_pipeline))
+val_dataloader = dict(pin_memory=True, dataset=dict(data_root=data_root, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
 test_evaluator = val_evaluator

@@ -28,10 +28,10 @@ from mmdet_gdino_lora.engine.learning_rates import multiplied_rates
 from mmdet_gdino_lora.engine.runner_config import checkpoint_at_start, runner_config
 from mmdet_gdino_lora.engine.unfit import check_fit
 from mmdet_gdino_lora.errors import ConfigError
-from mmdet_gdino_lora.layers import precision
 from mmdet_gdino_lora.layers.exchange import exchange_layers
 from mmdet_gdino_lora.layers.factors import cast_together
 from mmdet_gdino_lora.layers.frozen import forget, remembered
+from mmdet_gdino_lora.layers.precision import Precision, cast_frozen
 from mmdet_gdino_lora.lora import (
     ADAPTER,
     GradientCheck,
@@ -78,6 +78,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         full_checkpoint: Whether checkpoints hold the frozen base as well.
         base_dtype: ``'bfloat16'`` keeps the frozen weights in half the bytes (adapters stay
             float32) and runs the model in mixed precision, ``--amp`` or not.
+        precision: ``'auto'`` trains in bfloat16 mixed precision and TF32 on a GPU that has them.
         retain: ``names`` of classes that must survive, ``weight`` and ``every``, as for
             :class:`~.retain.Retention`: the base teaches the adapted model what it knew.
         bbox_head: Config of the head.
@@ -103,6 +104,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         check_adapters: bool = True,
         full_checkpoint: bool = False,
         base_dtype: str = 'float32',
+        precision: str = 'float32',
         retain: Optional[dict] = None,
         dn_cfg: Optional[dict] = None,
         **kwargs: Any,
@@ -124,14 +126,14 @@ class LoRAGroundingDINO(LeanGroundingDINO):
             inject(self, lora, train_box_head=train_box_head, trainable=trainable)
         install_hooks(self, full_checkpoint=full_checkpoint)
         exchange_layers(self)
-        self._base_dtype = precision.base_dtype(base_dtype)
-        if self._base_dtype:
+        self._precision = Precision(precision, base_dtype)
+        if self._precision.base:
             if not base_checkpoint:
                 raise ConfigError(
                     f'model.base_dtype={base_dtype!r} needs the base before the weights are cast: '
                     'set model.base_checkpoint (instead of load_from).'
                 )
-            precision.cast_frozen(self, self._base_dtype)
+            cast_frozen(self, self._precision.base)
         self.retention = None
         if retain:
             if lora is None:
@@ -291,7 +293,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         Returns:
             The head's components under the criterion's names.
         """
-        mixed = precision.autocast(batch_inputs.device, self._base_dtype)
+        mixed = self._precision.training(batch_inputs.device)
         with mixed, remembered(), cast_together(self._factors):
             return self._loss(batch_inputs, batch_data_samples)
 
@@ -364,7 +366,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
             The samples with ``pred_instances``: ``bboxes`` (absolute xyxy), ``scores`` in 0..1,
             ``labels`` and ``label_names``.
         """
-        with precision.autocast(batch_inputs.device, self._base_dtype):
+        with self._precision.predicting(batch_inputs.device):
             if any(map(is_free_text, batch_data_samples)):
                 check_not_free_text(self.route)
                 return super().predict(batch_inputs, batch_data_samples, rescale)
@@ -386,7 +388,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         inputs, samples = batch['inputs'], batch['data_samples']
         if any(map(is_free_text, samples)):
             return self.predict(inputs, samples)
-        with precision.autocast(inputs.device, self._base_dtype):
+        with self._precision.predicting(inputs.device):
             return validate(self, inputs, samples)
 
 

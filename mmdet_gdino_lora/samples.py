@@ -14,6 +14,7 @@ from mmdet_gdino_lora.errors import ConfigError, NoWordError
 from mmdet_gdino_lora.text import CaptionTokenizer, TokenizedCaption, prompted, split_names, spoken
 from mmdet_gdino_lora.text.caption import ClassName
 from mmdet_gdino_lora.text.readable import readable
+from mmdet_gdino_lora.transfer import to_device
 
 #: Who answers for a class: the name of an adapter; None: the base.
 Owner = Optional[str]
@@ -249,7 +250,7 @@ class TokenTargets:
                 f'{len(positive_map)} classes of the data, and denoising needs a label for each; '
                 f'set it to {len(positive_map)} or more.'
             )
-        positive_map = F.pad(positive_map, (0, 0, 0, 1)).to(device, non_blocking=True)
+        positive_map = to_device(F.pad(positive_map, (0, 0, 0, 1)), device)
         if isinstance(spans, tuple):  # hardly a sampled caption comes twice
             if len(self._maps) >= 64:
                 self._maps.clear()

@@ -1,12 +1,13 @@
-"""Frozen weights can be kept in half the bytes."""
+"""In what precision a detector computes: its weights', and mixed with it what a GPU is good at."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Optional
 
 import torch
+from mmengine.logging import MMLogger
 from torch import nn
 
 from mmdet_gdino_lora.errors import ConfigError
@@ -47,6 +48,76 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
             for parameter in module.parameters(recurse=False):
                 if parameter.dim() > 1 and not parameter.requires_grad:
                     parameter.data = parameter.data.to(dtype)
+
+
+class Precision:
+    """What a detector trains and predicts in.
+
+    Args:
+        setting: ``'auto'`` trains with float32 weights in bfloat16 mixed precision on a GPU that
+            computes in it, and lets it round the factors of other float32 products to TF32;
+            ``'float32'`` does neither.
+        base: ``'float32'`` or ``'bfloat16'``, of the frozen weights.
+
+    Attributes:
+        base: The type of the frozen weights where it isn't float32; predictions run in it too.
+
+    Raises:
+        ConfigError: For other names.
+    """
+
+    def __init__(self, setting: str, base: str) -> None:
+        if setting not in ('auto', 'float32'):
+            raise ConfigError(f'model.precision={setting!r} is not one of auto, float32.')
+        self.base = base_dtype(base)
+        self._auto = setting == 'auto'
+        self._prepared = False
+
+    def training(self, device: torch.device) -> AbstractContextManager[None]:
+        """Within, the model trains in its precision, unless the runner has set its own.
+
+        Args:
+            device: Of the model.
+        """
+        if device.type == 'cuda' and not self._prepared:
+            self._prepared = True
+            _prepare_gpu(device, self._auto)
+        return autocast(device, self.base or self.mixed(device))
+
+    def predicting(self, device: torch.device) -> AbstractContextManager[None]:
+        """Within, the model predicts in the precision of its weights.
+
+        Args:
+            device: Of the model.
+        """
+        return autocast(device, self.base)
+
+    def mixed(self, device: torch.device) -> Optional[torch.dtype]:
+        """Find the type that training mixes with float32 weights.
+
+        Args:
+            device: Of the model.
+
+        Returns:
+            bfloat16 where it is asked for and the device has it; None: float32 alone.
+        """
+        if not self._auto or device.type != 'cuda':
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+
+
+def _prepare_gpu(device: torch.device, auto: bool) -> None:
+    # cuDNN's attention makes a plan for every new shape, and ours differ from step to step in the
+    # boxes, the tokens and the images' sizes; torch's other kernels make none.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # TF32 came with the generation of GPUs that also has bfloat16.
+    if auto and torch.cuda.get_device_capability(device) >= (8, 0):
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        MMLogger.get_current_instance().info(
+            'Training runs in bfloat16 mixed precision (where the optimizer wrapper does not ask '
+            'for another), and float32 products in TF32; model.precision=float32 switches both off.'
+        )
 
 
 @contextmanager
