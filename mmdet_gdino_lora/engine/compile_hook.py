@@ -19,7 +19,8 @@ class CompileHook(Hook):
     be traced. A frozen text tower is remembered rather than computed, and has nothing to gain.
 
     Args:
-        **options: Of ``torch.compile``, such as ``backend`` and ``mode``.
+        **options: Of ``torch.compile``, such as ``backend`` and ``mode``. Sizes are dynamic
+            unless they say otherwise.
 
     Example::
 
@@ -36,4 +37,6 @@ class CompileHook(Hook):
             runner: mmengine's runner.
         """
         detector = detector_of(runner)
-        detector.extract_feat = torch.compile(detector.extract_feat, **self.options)
+        # Images differ in size from step to step: a graph for every size would be compiled anew.
+        options = {'dynamic': True, **self.options}
+        detector.extract_feat = torch.compile(detector.extract_feat, **options)

@@ -108,8 +108,8 @@ def _attend(
         outs = adapted_products(inputs, rows, *packed, weights.in_adapters)
         return [
             part.unflatten(-1, (heads, size // heads)).transpose(1, 2)
-            for out in outs
-            for part in out.split(size, dim=-1)
+            for out, count in zip(outs, counts)
+            for part in (out.split(size, dim=-1) if count > 1 else (out,))
         ]
 
     if query is key and key is value:

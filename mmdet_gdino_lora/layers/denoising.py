@@ -7,6 +7,8 @@ the host.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from mmdet.models.layers import CdnQueryGenerator
@@ -105,9 +107,15 @@ class DenoisingQueryGenerator(CdnQueryGenerator):
             True where attention is barred: matching queries don't see denoising queries, and
             denoising groups don't see each other [Q, Q].
         """
-        size = 2 * max_num_target
+        return _mask(2 * max_num_target, num_groups, self.num_matching_queries, device)
+
+
+@lru_cache(maxsize=8)
+def _mask(size: int, num_groups: int, num_matching_queries: int, device: torch.device) -> Tensor:
+    """Remember the last masks, of about a megabyte each: few numbers of boxes make many batches."""
+    with torch.inference_mode(False):
         groups = torch.arange(num_groups * size, device=device).div(
             max(size, 1), rounding_mode='floor'
         )
-        groups = torch.cat([groups, groups.new_full((self.num_matching_queries,), -1)])
+        groups = torch.cat([groups, groups.new_full((num_matching_queries,), -1)])
         return (groups[None, :] != groups[:, None]) & (groups[None, :] >= 0)

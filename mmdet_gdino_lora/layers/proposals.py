@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -66,7 +67,11 @@ def select_proposals(
             f'num_queries={num_queries} is more than the {memory.shape[1]} positions that the '
             'encoder has for images of this size: use larger images or fewer queries'
         )
-    boxes, valid = position_boxes(spatial_shapes, memory_mask, memory.device)
+    shapes, device = host_shapes(spatial_shapes), memory.device
+    if memory_mask is None:
+        boxes, valid = _unpadded_boxes(shapes, device)
+    else:
+        boxes, valid = position_boxes(shapes, memory_mask, device)
     if memory_mask is not None:
         valid = valid & ~memory_mask
     memory = memory * valid[..., None]
@@ -83,13 +88,20 @@ def select_proposals(
     return Proposals(logits, regress(memory) + boxes, positions)
 
 
+@lru_cache(maxsize=32)
+def _unpadded_boxes(shapes: Shapes, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Remember what depends on the sizes alone, 17 bytes a position."""
+    with torch.inference_mode(False), torch.no_grad():  # training may come next
+        return position_boxes(shapes, None, device)
+
+
 def position_boxes(
-    spatial_shapes: Tensor, memory_mask: Tensor | None, device: torch.device
+    shapes: Shapes, memory_mask: Tensor | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Give each position a box (Deformable DETR, A.4): centred there, larger on coarser levels.
 
     Args:
-        spatial_shapes: int64 [levels, 2].
+        shapes: (height, width) of each level.
         memory_mask: bool [B, S], True: padding; None without padding.
         device: where the results belong.
 
@@ -97,7 +109,6 @@ def position_boxes(
         [B or 1, S, 4] as (cx, cy, w, h) before the sigmoid, inf where there is no valid box, and
         bool [B or 1, S]: whether there is one.
     """
-    shapes = host_shapes(spatial_shapes)
     places = grid(shapes, device)
     sizes = places.sizes[None] if memory_mask is None else _seen_sizes(shapes, memory_mask)
     centres = places.centres / sizes.index_select(1, places.level)

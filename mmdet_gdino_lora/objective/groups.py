@@ -28,6 +28,7 @@ class Group:
         spans: bool [N, T], the valid tokens of each target of the batch.
         objectness: Whether the only token is objectness, which every target spans.
         dn_groups: Number of denoising groups; 0 for queries that are matched.
+        distances: L1 and GIoU [L, N, Q] of every target and query, where they are known already.
         background: Under ``(alpha, gamma)``, the focal loss [L, B, Q] of calling every valid token
             background, as far as it is known already.
     """
@@ -40,6 +41,7 @@ class Group:
     spans: Tensor
     objectness: bool = False
     dn_groups: int = 0
+    distances: tuple[Tensor, Tensor] | None = None
     background: dict[tuple[float, float], Tensor] = field(default_factory=dict)
 
     @property

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mmdet_gdino_lora.objective.groups import Group
 from mmdet_gdino_lora.objective.host import to_host
 from mmdet_gdino_lora.objective.matcher import HungarianMatcher
+from mmdet_gdino_lora.objective.pairs import Pairs
 from mmdet_gdino_lora.objective.targets import HostTargets, Targets
 from mmdet_gdino_lora.transfer import to_device
 
@@ -51,6 +53,8 @@ def match(
         ConfigError: A target without a token in its caption.
     """
     wanted = targets.for_host()
+    with torch.no_grad():
+        Pairs.compare_boxes([group for group in groups if not group.dn_groups], targets)
     for number, group in enumerate(groups):
         wanted[f'{number}.finiteness'] = group.finiteness()
         if not group.dn_groups:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from mmengine.structures import InstanceData
@@ -49,7 +50,7 @@ class Pairs:
         self.target_boxes = target_boxes
         self.image = image
         self.layers, self.images, self.rows, self.tokens = layers, images, rows, tokens
-        self._distances: tuple[Tensor, Tensor] | None = None
+        self._distances = group.distances
 
     @classmethod
     def of(cls, group: Group, targets: Targets) -> Iterator[tuple[tuple[slice, slice], Pairs]]:
@@ -155,6 +156,24 @@ class Pairs:
             targets = self.target_boxes.to(planes.dtype).t()[:, None, :, None]
             self._distances = l1_and_giou(planes[:, :, self.image], targets)
         return self._distances
+
+    @classmethod
+    def compare_boxes(cls, groups: Sequence[Group], targets: Targets) -> None:
+        """Compare the boxes of several groups with the targets at once, where that is cheaper.
+
+        Args:
+            groups: That are matched; those with equally many queries are taken together.
+            targets: Of the same batch.
+        """
+        boxes = [group.boxes.detach() for group in groups]
+        alike = len({(len(b[0]), b.shape[2], b.dtype) for b in boxes}) == 1
+        if len(groups) < 2 or not alike or cpu.runs_here(boxes[0]):
+            return
+        together = replace(groups[0], boxes=torch.cat(boxes))
+        l1, giou = cls(together, targets.counts, targets.boxes, targets.image)._boxes_compared()
+        sizes = [len(b) for b in boxes]
+        for group, *distances in zip(groups, l1.split(sizes), giou.split(sizes)):
+            group.distances = distances[0], distances[1]
 
     @staticmethod
     def cost_dtype(tensor: Tensor) -> torch.dtype:
