@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -85,10 +86,13 @@ class AddedLinear(torch.autograd.Function):
         a, b = a.to(weight.dtype), b.to(weight.dtype)
         outs, inners = [], []
         for x, part in zip(inputs, parts(rows)):
-            out = product(x, weight[part], None if bias is None else bias[part])
-            inner = x.reshape(-1, x.shape[-1]) @ a.t()
-            out.view(len(inner), -1).addmm_(inner, b[part].t(), alpha=scaling)
-            outs.append(out)
+            flat = x.reshape(-1, x.shape[-1])
+            # F.linear itself: what an adapter of zeros gives is then the base's output, to the bit.
+            out = F.linear(flat, weight[part], None if bias is None else bias[part])
+            inner = flat @ a.t()
+            out.addmm_(inner, b[part].t(), alpha=scaling)
+            # No view to autograd: an activation may overwrite it in place.
+            outs.append(torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]]))
             inners.append(inner)
         ctx.save_for_backward(weight, a, b, *inputs, *inners)
         ctx.scaling, ctx.rows = scaling, rows
