@@ -52,7 +52,7 @@ from mmdet_gdino_lora.retain import Retention
 from mmdet_gdino_lora.route import Route, check_not_free_text
 from mmdet_gdino_lora.samples import TokenTargets, caption_of, is_free_text, names_in
 from mmdet_gdino_lora.text import TokenizedCaption
-from mmdet_gdino_lora.transformer import LeanGroundingDINO
+from mmdet_gdino_lora.transformer import Encoded, LeanGroundingDINO
 
 NO_DENOISING = dict(group_cfg=dict(dynamic=False, num_groups=1))
 
@@ -143,6 +143,8 @@ class LoRAGroundingDINO(LeanGroundingDINO):
                 )
             self.retention = Retention.from_config(self.language_model.caption_tokenizer, retain)
         self.route = Route.from_config((self.test_cfg or {}).get('route'), lora is not None)
+        #: What ``FrozenFeaturesHook`` puts here; None: everything is computed in every step.
+        self.frozen_features: Any = None
         self.check_adapters = check_adapters and lora is not None
         self._gradient_check: Optional[GradientCheck] = None
         self._boxes_in_last_step = 0
@@ -300,11 +302,16 @@ class LoRAGroundingDINO(LeanGroundingDINO):
     def _loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
         self._tell_what_becomes_of_the_config()
         self._watch_gradients(batch_data_samples)
+        captions = self.captions(batch_data_samples)
+        kept: Sequence[Encoded] = ()
+        if self.frozen_features is not None and self.training:
+            kept = self.frozen_features.of(self, batch_inputs, batch_data_samples, captions)
         teacher = None
         if self.retention is not None and self.training and self.retention.is_due():
             # Before any graph exists: to be the base, freed parameters change in place.
-            teacher = self.retention.ask_teacher(self, batch_inputs, batch_data_samples)
-        captions = self.captions(batch_data_samples)
+            teacher = self.retention.ask_teacher(
+                self, batch_inputs, batch_data_samples, kept[-1] if kept else None
+            )
         if self.training:
             lora_state(self).shown(names_in(captions))
         self.lost_phrases.count(batch_data_samples, [[c] for c in captions], lost_boxes=True)
@@ -312,9 +319,11 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         text_dict = self.encode_text(captions)
         self.token_targets.attach(batch_data_samples, captions, text_dict['text_token_mask'])
         features = None if teacher is None else teacher.features
-        if features is None:
-            features = self.extract_feat(batch_inputs)
-        head_inputs = self.forward_transformer(features, text_dict, batch_data_samples)
+        if kept:
+            head_inputs = self.decode(kept[0], batch_data_samples)
+        else:
+            features = self.extract_feat(batch_inputs) if features is None else features
+            head_inputs = self.forward_transformer(features, text_dict, batch_data_samples)
         losses = self.bbox_head.loss(**head_inputs, batch_data_samples=batch_data_samples)
         if teacher is not None and self.retention is not None:
             losses.update(self.retention.loss(self, features, batch_data_samples, teacher))

@@ -16,6 +16,7 @@ from mmdet_gdino_lora.engine.preempt_hook import PreemptHook  # noqa: E402
 from mmdet_gdino_lora.engine.seed_hook import ResumableSeedHook  # noqa: E402
 from mmdet_gdino_lora.evaluation.lvis import mend_lvis  # noqa: E402
 from mmdet_gdino_lora.files.loaders import register_loaders  # noqa: E402
+from mmdet_gdino_lora.frozen.hook import FrozenFeaturesHook  # noqa: E402
 from mmdet_gdino_lora.head import GroundingDINOCriterionHead  # noqa: E402
 from mmdet_gdino_lora.objective import BoxGIoUCost, BoxL1Cost, TokenFocalCost  # noqa: E402
 from mmdet_gdino_lora.objective.criterion import GroundingDINOCriterion, build_criterion  # noqa: E402
@@ -32,6 +33,7 @@ __all__ = [
     'BoxL1Cost',
     'CompileHook',
     'FrozenBaseConstructor',
+    'FrozenFeaturesHook',
     'GroundingDINOCriterion',
     'GroundingDINOCriterionHead',
     'GroundingTextEncoder',

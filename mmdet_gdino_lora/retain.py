@@ -11,7 +11,7 @@ the base was trained on is needed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -28,10 +28,7 @@ from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora import IMAGE_TOWER, base_only, evaluating, lora_state
 from mmdet_gdino_lora.objective.boxes import l1_and_giou
 from mmdet_gdino_lora.text import CaptionTokenizer, TokenizedCaption
-
-if TYPE_CHECKING:
-    from mmdet_gdino_lora.transformer import LeanGroundingDINO
-
+from mmdet_gdino_lora.transformer import Encoded, LeanGroundingDINO
 
 WEIGHTS = dict(ce=2.0, bbox=5.0, giou=2.0)
 """Of the three parts to each other, as in the objective."""
@@ -46,18 +43,6 @@ BEHIND_ENCODER = {
     'dn_query_generator',
 }
 """Parts of the detector that the encoder's outputs don't depend on."""
-
-
-class Encoded(NamedTuple):
-    """Of a batch under one caption.
-
-    Attributes:
-        outputs: Of ``forward_encoder``.
-        decoder_inputs: Of ``pre_transformer``.
-    """
-
-    outputs: dict[str, Any]
-    decoder_inputs: dict[str, Any]
 
 
 class Outputs(NamedTuple):
@@ -158,7 +143,11 @@ class Retention:
         return iteration % self.every == 0
 
     def ask_teacher(
-        self, detector: LeanGroundingDINO, inputs: Tensor, samples: SampleList
+        self,
+        detector: LeanGroundingDINO,
+        inputs: Tensor,
+        samples: SampleList,
+        encoded: Optional[Encoded] = None,
     ) -> Teacher:
         """Runs the base. To be called before the step's own forward pass.
 
@@ -166,6 +155,7 @@ class Retention:
             detector: The adapted detector.
             inputs: Normalised images [B, 3, H, W].
             samples: Their data samples.
+            encoded: Under :attr:`fixed_caption`, where that is known already.
 
         Returns:
             For :meth:`loss`.
@@ -180,10 +170,11 @@ class Retention:
                 'model.retain needs a base to learn from, and this one is random or of unknown '
                 'origin; set model.base_checkpoint or load_from.'
             )
-        caption = self._caption()
+        caption, features, known = self._caption(), None, encoded is not None
         with torch.no_grad(), evaluating(detector), base_only(detector):
-            features = detector.extract_feat(inputs)
-            encoded = _encode(detector, features, samples, caption)
+            if encoded is None:
+                features = detector.extract_feat(inputs)
+                encoded = _encode(detector, features, samples, caption)
             outputs = _decode(detector, encoded)
         # Not what is trained now: a checkpoint may have brought more that isn't the base's.
         differing = state.switch.parts(detector)
@@ -191,13 +182,13 @@ class Retention:
             caption,
             outputs,
             features if differing.isdisjoint(IMAGE_TOWER) else None,
-            encoded if differing <= BEHIND_ENCODER else None,
+            encoded if known or differing <= BEHIND_ENCODER else None,
         )
 
     def loss(
         self,
         detector: LeanGroundingDINO,
-        features: Sequence[Tensor],
+        features: Optional[Sequence[Tensor]],
         samples: SampleList,
         teacher: Teacher,
     ) -> dict[str, Tensor]:
@@ -205,7 +196,7 @@ class Retention:
 
         Args:
             detector: The adapted detector.
-            features: Of the images.
+            features: Of the images; not needed where the teacher has ``encoded``.
             samples: Their data samples.
             teacher: Of the same images.
 
@@ -214,6 +205,7 @@ class Retention:
         """
         encoded = teacher.encoded
         if encoded is None:
+            assert features is not None, 'what the encoder makes of them is not known'
             encoded = _encode(detector, features, samples, teacher.caption)
         student = _decode(detector, encoded, teacher.outputs)
         parts = distillation_losses(student, teacher.outputs)
@@ -222,11 +214,18 @@ class Retention:
             for name, value in parts.items()
         }
 
+    @property
+    def fixed_caption(self) -> Optional[TokenizedCaption]:
+        """Of all names; None where they take more than one caption and are drawn."""
+        if self._lengths.sum() <= self._tokenizer.max_name_tokens:
+            return self._tokenizer.from_names(self.names)
+        return None
+
     def _caption(self) -> TokenizedCaption:
         """All names, or as many as fit, drawn anew each time."""
-        lengths, tokenizer = self._lengths, self._tokenizer
-        if lengths.sum() <= tokenizer.max_name_tokens:
-            return tokenizer.from_names(self.names)
+        fixed, lengths, tokenizer = self.fixed_caption, self._lengths, self._tokenizer
+        if fixed is not None:
+            return fixed
         order = torch.randperm(len(self.names)).numpy()
         fitting = np.searchsorted(lengths[order].cumsum(), tokenizer.max_name_tokens, side='right')
         return tokenizer.join([self.names[place] for place in order[:fitting]])

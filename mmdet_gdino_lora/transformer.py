@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -26,6 +26,18 @@ from mmdet_gdino_lora.layers.precision import as_autocast
 from mmdet_gdino_lora.layers.proposals import Proposals, select_proposals
 from mmdet_gdino_lora.text import TokenizedCaption
 from mmdet_gdino_lora.transfer import to_device
+
+
+class Encoded(NamedTuple):
+    """Of a batch under one caption of each image.
+
+    Attributes:
+        outputs: Of ``forward_encoder``.
+        decoder_inputs: Of ``pre_transformer``.
+    """
+
+    outputs: dict[str, Any]
+    decoder_inputs: dict[str, Any]
 
 
 class LeanGroundingDINO(GroundingDINO):
@@ -155,9 +167,23 @@ class LeanGroundingDINO(GroundingDINO):
             Inputs of the head.
         """
         encoder_inputs, decoder_inputs = prepared
-        encoded = self.forward_encoder(**encoder_inputs, text_dict=text_dict)
-        selected, head_inputs = self.pre_decoder(batch_data_samples=batch_data_samples, **encoded)
-        return {**head_inputs, **self.forward_decoder(**decoder_inputs, **selected)}
+        outputs = self.forward_encoder(**encoder_inputs, text_dict=text_dict)
+        return self.decode(Encoded(outputs, decoder_inputs), batch_data_samples)
+
+    def decode(self, encoded: Encoded, batch_data_samples: Optional[SampleList] = None) -> dict:
+        """Does the part of :meth:`transform` that comes behind the encoder.
+
+        Args:
+            encoded: Of the encoder.
+            batch_data_samples: As for :meth:`pre_decoder`.
+
+        Returns:
+            Inputs of the head.
+        """
+        selected, head_inputs = self.pre_decoder(
+            batch_data_samples=batch_data_samples, **encoded.outputs
+        )
+        return {**head_inputs, **self.forward_decoder(**encoded.decoder_inputs, **selected)}
 
     def select_proposals(
         self,

@@ -11,7 +11,7 @@ class Mutation(NamedTuple):
     """One mistake.
 
     Attributes:
-        room: objective, adapters, store, retain, text, phrases, export or commands.
+        room: objective, adapters, store, retain, frozen, text, phrases, export or commands.
         file: That it is planted in, from the checkout's root.
         what: The mistake in words.
         old: Code that stands exactly once in the file.
@@ -123,18 +123,18 @@ STORE = [
 ]  # fmt: skip
 
 RETAIN = [
-    _of('retain', 'retain.py', 'the adapted decoder picks its own queries',
-        'positions=None if teacher is None else teacher.positions', 'positions=None',
-        'test_retain'),
-    _of('retain', 'retain.py', 'the adapted decoder starts from its own boxes',
-        'proposals.boxes.detach().sigmoid() if teacher is None else teacher.references',
-        'proposals.boxes.detach().sigmoid()', 'test_retain'),
+    _of('retain', 'retain.py', 'the base picks its own queries',
+        'select_proposals(**encoded.outputs, positions=step.positions)',
+        'select_proposals(**encoded.outputs)', 'test_retain'),
+    _of('retain', 'detector.py', 'the objective pushes retained names down as background',
+        "self.bbox_head.objective({**outputs, 'text_token_mask': mask}, samples)",
+        'self.bbox_head.objective(outputs, samples)', 'test_retain'),
     _of('retain', 'retain.py', 'the teacher is the adapted model',
         'with torch.no_grad(), evaluating(detector), base_only(detector):',
         'with torch.no_grad(), evaluating(detector):', 'test_retain'),
     _of('retain', 'retain.py', 'every iteration asks the teacher',
-        'return iteration % self.every == 0', 'return True', 'test_retain'),
-    _of('retain', 'retain.py', 'boxes that the base does not believe in count',
+        'if iteration % self.every:', 'if False:', 'test_retain'),
+    _of('retain', 'distillation.py', 'boxes that the base does not believe in count',
         'score = (score / total).flatten()', 'score = torch.full_like(score, 0.2).flatten()',
         'test_retain'),
 ]  # fmt: skip
@@ -163,6 +163,17 @@ TEXT = [
     _of('text', 'datasets/token_spans.py', 'negatives fill the place of the positives',
         'max_name_tokens - vocabulary.lengths[positives].sum()', 'max_name_tokens',
         'test_token_spans'),
+]  # fmt: skip
+FROZEN = [
+    _of('frozen', 'frozen/views.py', 'an image that changed keeps its features',
+        'file = (status.st_size, status.st_mtime_ns) if status else ()', 'file = ()',
+        'test_frozen_features'),
+    _of('frozen', 'frozen/encode.py', "an image is encoded in its batch's padding",
+        'images[..., : padded[0], : padded[1]]', 'images', 'test_frozen_features'),
+    _of('frozen', 'frozen/pack.py', 'padding is part of the image',
+        'mask[image, :height, :width] = False', 'mask[image] = False', 'test_frozen_features'),
+    _of('frozen', 'frozen/space.py', 'a disk that is too small is filled',
+        'if needed > free:', 'if False:', 'test_frozen_features'),
 ]  # fmt: skip
 
 PHRASES = [
@@ -201,4 +212,14 @@ COMMANDS = [
         'w.half() if w.is_floating_point() else w', 'w.half()', 'test_tools'),
 ]  # fmt: skip
 
-MUTATIONS = [*OBJECTIVE, *ADAPTERS, *STORE, *RETAIN, *TEXT, *PHRASES, *EXPORT, *COMMANDS]
+MUTATIONS = [
+    *OBJECTIVE,
+    *ADAPTERS,
+    *STORE,
+    *RETAIN,
+    *FROZEN,
+    *TEXT,
+    *PHRASES,
+    *EXPORT,
+    *COMMANDS,
+]

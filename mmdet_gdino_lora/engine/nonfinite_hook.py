@@ -13,7 +13,7 @@ from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import EMAHook, Hook
 
 from mmdet_gdino_lora.engine.agreement import Agreement
-from mmdet_gdino_lora.engine.replay import Replay, paths_of
+from mmdet_gdino_lora.engine.replay import Replay, has_images, paths_of
 from mmdet_gdino_lora.engine.wrapped import detector_of
 from mmdet_gdino_lora.errors import ConfigError, NonFiniteError
 
@@ -178,7 +178,7 @@ class NonFiniteHook(Hook):
             f'iteration {runner.iter + 1}: {fault} are NaN or infinite, with '
             f'{_some(images) or "a batch"}'
         )
-        if self._files >= MOST_FILES or not isinstance(self._batch, Mapping):
+        if self._files >= MOST_FILES or not has_images(self._batch):
             return told
         rank = get_rank()
         name = f'nonfinite_iter_{runner.iter + 1}' + (f'_rank_{rank}' if rank else '') + '.pth'

@@ -24,6 +24,9 @@ from mmdet_gdino_lora.text.tokens import CharSpans, TokenizedCaption
 
 FORMAT = 'mmdet-gdino-lora replay 1'
 
+KEPT_VIEW = 'kept_view'
+"""Field of a sample that has its features in place of its image (``frozen/``)."""
+
 
 @dataclasses.dataclass
 class Replay:
@@ -81,6 +84,20 @@ class Replay:
             raise ConfigError(f'{path} is no replay file ({FORMAT!r}); give nonfinite_iter_....pth')
         batch = dict(inputs=content['inputs'], data_samples=list(map(_sample, content['samples'])))
         return cls(batch, content['weights'], content['moment'], content['told'])
+
+
+def has_images(batch: Any) -> bool:
+    """Tells whether a batch can be gone through again from its images.
+
+    Args:
+        batch: As the loader hands it over.
+
+    Returns:
+        False where features stand in place of some image, or it is no batch of mmdet's.
+    """
+    if not isinstance(batch, Mapping):
+        return False
+    return not any(KEPT_VIEW in sample for sample in batch['data_samples'])
 
 
 def paths_of(batch: Any) -> list[str]:
