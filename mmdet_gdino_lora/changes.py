@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from mmdet.models.dense_heads.detr_head import DETRHead
+from mmengine.logging import MMLogger
 
-from mmdet_gdino_lora.engine.learning_rates import rate_of
+from mmdet_gdino_lora.engine.learning_rates import multiplied_rates, rate_of
 from mmdet_gdino_lora.head import LOSSES, MMDET_DEFAULTS, criterion_settings
 from mmdet_gdino_lora.lora import GROUPS, lora_state
 from mmdet_gdino_lora.lora.inject.presets import group_of
@@ -21,6 +22,28 @@ from mmdet_gdino_lora.lora.tensors import base_name, is_factor
 Row = tuple[str, str, str]
 
 HEADING: Row = ('', "mmdet's GroundingDINO", 'LoRAGroundingDINO')
+
+
+def tell_changes(detector: Any, cfg: Mapping[str, Any]) -> None:
+    """Says in the log what becomes of a run's config, which may not have been written for this.
+
+    Args:
+        detector: An injected ``LoRAGroundingDINO``.
+        cfg: The run's config; empty where there is no run.
+    """
+    logger = MMLogger.get_current_instance()
+    if is_two_lines(cfg):
+        table = as_text(changes(detector, cfg))
+        logger.info('What two lines change of this config:\n%s', table)
+    trained = [name for name, p in detector.named_parameters() if p.requires_grad]
+    phrases = multiplied_rates(cfg, trained)
+    if phrases:
+        logger.warning(
+            'optim_wrapper.paramwise_cfg.custom_keys also multiplies the learning rate of '
+            'adapters: %s; leave the keys out if the adapters there shall learn as the others '
+            'do (the base is frozen anyway).',
+            ', '.join(phrases),
+        )
 
 
 def is_two_lines(cfg: Mapping[str, Any]) -> bool:

@@ -16,15 +16,13 @@ from mmdet.models.dense_heads import GroundingDINOHead
 from mmdet.models.language_models import BertModel
 from mmdet.registry import MODELS
 from mmdet.structures import SampleList
-from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
 from torch import Tensor
 
-from mmdet_gdino_lora.changes import as_text, changes, is_two_lines
+from mmdet_gdino_lora.changes import tell_changes
 from mmdet_gdino_lora.checks.arguments import unknown_arguments
 from mmdet_gdino_lora.checks.evaluation_only import check_texts_arrive
 from mmdet_gdino_lora.checks.findings import tell
-from mmdet_gdino_lora.engine.learning_rates import multiplied_rates
 from mmdet_gdino_lora.engine.runner_config import checkpoint_at_start, runner_config
 from mmdet_gdino_lora.engine.unfit import check_fit
 from mmdet_gdino_lora.errors import ConfigError
@@ -334,19 +332,7 @@ class LoRAGroundingDINO(LeanGroundingDINO):
         if not self.training or self._config_told:
             return
         self._config_told = True
-        if is_two_lines(runner_config()):
-            MMLogger.get_current_instance().info(
-                'What two lines change of this config:\n%s', as_text(changes(self, runner_config()))
-            )
-        trained = [name for name, p in self.named_parameters() if p.requires_grad]
-        phrases = multiplied_rates(runner_config(), trained)
-        if phrases:
-            MMLogger.get_current_instance().warning(
-                'optim_wrapper.paramwise_cfg.custom_keys also multiplies the learning rate of '
-                'adapters: %s; leave the keys out if the adapters there shall learn as the others '
-                'do (the base is frozen anyway).',
-                ', '.join(phrases),
-            )
+        tell_changes(self, runner_config())
 
     def _watch_gradients(self, batch_data_samples: SampleList) -> None:
         # Runners of several GPUs never call this detector's train_step, so that a step is known to
