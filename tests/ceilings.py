@@ -21,10 +21,10 @@ class Ceiling(NamedTuple):
 
 #: By preset, `retain` and type of autocast.
 OPERATIONS = {
-    ('decoder', False, ''): Ceiling(2046, 1732),
-    ('decoder', False, 'bfloat16'): Ceiling(3189, 1941),
-    ('all', False, 'bfloat16'): Ceiling(4483, 5581),
-    ('decoder', True, ''): Ceiling(3970, 3100),
+    ('decoder', False, ''): Ceiling(1254, 780),
+    ('decoder', False, 'bfloat16'): Ceiling(1659, 855),
+    ('all', False, ''): Ceiling(1619, 2443),
+    ('decoder', True, ''): Ceiling(2417, 1715),
 }
 
 #: A count this much below its ceiling asks for a lower one.

@@ -26,7 +26,7 @@ def test_a_step_stays_below_its_ceilings(
 ) -> None:
     amps = [amp for *kind, amp in OPERATIONS if kind == [preset, retain]]
     settings = dict(retain=dict(names=['old star', 'old car'])) if retain else {}
-    steps = counted(text_dir, deep_base, amps, lora=dict(preset=preset, r=4), **settings)
+    steps = counted(text_dir, deep_base, amps, size=128, lora=dict(preset=preset, r=4), **settings)
     for amp, step in steps.items():
         for way, ceiling in OPERATIONS[preset, retain, amp]._asdict().items():
             counts = getattr(step, way)

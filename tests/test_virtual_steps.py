@@ -239,9 +239,11 @@ def test_waits_planted_into_a_step_are_told_with_their_lines(
     monkeypatch.setattr(head, 'to_device', blocking)
     monkeypatch.setattr(GroundingDINOCriterion, 'forward', reporting)
     waits = second_step(trained(device, text_dir, small_base, 'decoder')).forward.waits
-    assert len(waits) == WAITS['forward'] + 2
     for kind, name in (('blocking upload', 'blocking'), ('_local_scalar_dense', 'reporting')):
-        assert [w for w in waits if w.kind == kind and f' {name} <' in w.stack], waits
+        planted = [w for w in waits if w.kind == kind and f' {name} <' in w.stack]
+        assert planted, waits
+        waits = [wait for wait in waits if wait not in planted]
+    assert len(waits) <= WAITS['forward'], waits
 
 
 def test_an_upload_in_the_backward_pass_is_told(

@@ -123,18 +123,18 @@ STORE = [
 ]  # fmt: skip
 
 RETAIN = [
-    _of('retain', 'retain.py', 'the base picks its own queries',
-        'select_proposals(**encoded.outputs, positions=step.positions)',
-        'select_proposals(**encoded.outputs)', 'test_retain'),
-    _of('retain', 'detector.py', 'the objective pushes retained names down as background',
-        "self.bbox_head.objective({**outputs, 'text_token_mask': mask}, samples)",
-        'self.bbox_head.objective(outputs, samples)', 'test_retain'),
+    _of('retain', 'retain.py', 'the adapted decoder picks its own queries',
+        'positions=None if teacher is None else teacher.positions', 'positions=None',
+        'test_retain'),
+    _of('retain', 'retain.py', 'the adapted decoder starts from its own boxes',
+        'proposals.boxes.detach().sigmoid() if teacher is None else teacher.references',
+        'proposals.boxes.detach().sigmoid()', 'test_retain'),
     _of('retain', 'retain.py', 'the teacher is the adapted model',
         'with torch.no_grad(), evaluating(detector), base_only(detector):',
         'with torch.no_grad(), evaluating(detector):', 'test_retain'),
     _of('retain', 'retain.py', 'every iteration asks the teacher',
-        'if iteration % self.every:', 'if False:', 'test_retain'),
-    _of('retain', 'distillation.py', 'boxes that the base does not believe in count',
+        'return iteration % self.every == 0', 'return True', 'test_retain'),
+    _of('retain', 'retain.py', 'boxes that the base does not believe in count',
         'score = (score / total).flatten()', 'score = torch.full_like(score, 0.2).flatten()',
         'test_retain'),
 ]  # fmt: skip

@@ -61,7 +61,8 @@ class LeanShiftWindowMSA(ShiftWindowMSA):
             [B, H * W, C].
         """
         attention: WindowMSA = self.w_msa
-        if attention.relative_position_bias_table.requires_grad or attention.attn_drop.p:
+        trains = attention.relative_position_bias_table.requires_grad and torch.is_grad_enabled()
+        if trains or attention.attn_drop.p:
             return super().forward(query, hw_shape)
         (height, width), size, shift = hw_shape, self.window_size, self.shift_size
         x = query.unflatten(1, (height, width))
