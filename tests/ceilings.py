@@ -35,8 +35,8 @@ WAITS = dict(forward=1, backward=0, optimizer=0, prediction=3, validation=3)
 
 #: Operations of the objective alone, with six decoder layers and the encoder.
 OBJECTIVE = dict(
-    plain=Ceiling(forward=232, backward=77),
-    denoising=Ceiling(forward=258, backward=81),
+    plain=Ceiling(forward=209, backward=77),
+    denoising=Ceiling(forward=235, backward=81),
 )
 
 
