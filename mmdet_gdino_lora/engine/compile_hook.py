@@ -19,8 +19,7 @@ class CompileHook(Hook):
     be traced. A frozen text tower is remembered rather than computed, and has nothing to gain.
 
     Args:
-        **options: Of ``torch.compile``, such as ``backend`` and ``mode``. Sizes are dynamic
-            unless they say otherwise.
+        **options: Of ``torch.compile``, such as ``backend`` and ``mode``.
 
     Example::
 
@@ -37,6 +36,4 @@ class CompileHook(Hook):
             runner: mmengine's runner.
         """
         detector = detector_of(runner)
-        # Images differ in size from step to step: a graph for every size would be compiled anew.
-        options = {'dynamic': True, **self.options}
-        detector.extract_feat = torch.compile(detector.extract_feat, **options)
+        detector.extract_feat = torch.compile(detector.extract_feat, **self.options)
