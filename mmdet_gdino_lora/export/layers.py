@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmdet.models.backbones.swin import ShiftWindowMSA
 from mmdet.models.layers.transformer.utils import PatchEmbed, PatchMerging
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from mmdet_gdino_lora.layers.contrastive import TokenLogits
 from mmdet_gdino_lora.layers.deformable import LeanDeformableAttention
 from mmdet_gdino_lora.layers.encoder import LeanEncoder
 from mmdet_gdino_lora.layers.levels import Shapes
+from mmdet_gdino_lora.layers.swin import LeanShiftWindowMSA
 
 
 class GraphDeformableAttention(LeanDeformableAttention):
@@ -136,7 +136,7 @@ class GraphTokenLogits(TokenLogits):
 GRAPH: dict[type[nn.Module], type[nn.Module]] = {
     PatchEmbed: GraphPatchEmbed,
     PatchMerging: GraphPatchMerging,
-    ShiftWindowMSA: GraphWindowAttention,
+    LeanShiftWindowMSA: GraphWindowAttention,
     LeanDeformableAttention: GraphDeformableAttention,
     LeanEncoder: GraphEncoder,
     TokenLogits: GraphTokenLogits,

@@ -68,7 +68,9 @@ def select_proposals(
             'encoder has for images of this size: use larger images or fewer queries'
         )
     shapes, device = host_shapes(spatial_shapes), memory.device
-    if memory_mask is None:
+    if not all(isinstance(length, int) for shape in shapes for length in shape):
+        boxes, valid = _boxes_of_any_size(shapes, device)
+    elif memory_mask is None:
         boxes, valid = _unpadded_boxes(shapes, device)
     else:
         boxes, valid = position_boxes(shapes, memory_mask, device)
@@ -86,6 +88,23 @@ def select_proposals(
     boxes = boxes.expand(memory.shape[0], -1, -1).gather(1, selected.expand(-1, -1, 4))
     logits = classify(memory, memory_text, text_token_mask)
     return Proposals(logits, regress(memory) + boxes, positions)
+
+
+def _boxes_of_any_size(shapes: Shapes, device: torch.device) -> tuple[Tensor, Tensor]:
+    """As `position_boxes` without padding; sizes are expressions, as in an exported graph."""
+    boxes = []
+    for level, (height, width) in enumerate(shapes):
+        y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
+        x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
+        centres = torch.stack((x[None].expand(height, -1), y[:, None].expand(-1, width)), dim=-1)
+        centres = centres.flatten(0, 1)[None]
+        boxes.append(torch.cat((centres, torch.full_like(centres, 0.05 * 2.0**level)), dim=-1))
+    return _before_sigmoid(torch.cat(boxes, dim=1))
+
+
+def _before_sigmoid(box: Tensor) -> tuple[Tensor, Tensor]:
+    valid = ((box > 0.01) & (box < 0.99)).all(-1)
+    return torch.log(box / (1 - box)).masked_fill_(~valid[..., None], float('inf')), valid
 
 
 @lru_cache(maxsize=32)
@@ -114,9 +133,7 @@ def position_boxes(
     centres = places.centres / sizes.index_select(1, places.level)
     extents = (0.05 * 2.0 ** torch.arange(len(shapes), device=device)).index_select(0, places.level)
     extents = extents[None, :, None].expand_as(centres)
-    box = torch.cat((centres, extents), dim=-1)
-    valid = ((box > 0.01) & (box < 0.99)).all(-1)
-    box = torch.log(box / (1 - box)).masked_fill_(~valid[..., None], float('inf'))
+    box, valid = _before_sigmoid(torch.cat((centres, extents), dim=-1))
     if memory_mask is not None:
         box = box.masked_fill_(memory_mask[..., None], float('inf'))
     return box, valid
