@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from mmdet.models.backbones import SwinTransformer
-from mmdet.models.backbones.swin import SwinBlock
+from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock
 from mmdet.models.dense_heads.grounding_dino_head import ContrastiveEmbed
 from mmdet.models.detectors import DeformableDETR, GroundingDINO
 from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention
@@ -19,7 +19,7 @@ from mmdet_gdino_lora.layers.cpu.dropout import attend
 from mmdet_gdino_lora.layers.exchange import exchange_layers
 from mmdet_gdino_lora.layers.levels import level_tensors
 from mmdet_gdino_lora.layers.proposals import select_proposals
-from mmdet_gdino_lora.layers.swin import LeanSwinBlock
+from mmdet_gdino_lora.layers.swin import LeanShiftWindowMSA, LeanSwinBlock
 from tests.builders import build, data_samples
 
 
@@ -205,14 +205,17 @@ def backbone_gradients(backbone: nn.Module) -> tuple[dict[str, torch.Tensor], in
     return {k: p.grad for k, p in backbone.named_parameters() if p.requires_grad}, sum(kept)
 
 
-def test_swin_equals_mmdets_to_the_bit():
+@pytest.mark.parametrize('size', [(64, 64), (52, 75)], ids=['whole windows', 'padded'])
+def test_swin_equals_mmdets(size: tuple[int, int]) -> None:
     ours, stock = swin(with_cp=True), swin(with_cp=True)
-    for block in stock.modules():
-        if type(block) is LeanSwinBlock:
-            block.__class__ = SwinBlock
+    back = {LeanSwinBlock: SwinBlock, LeanShiftWindowMSA: ShiftWindowMSA}
+    for module in stock.modules():
+        module.__class__ = back.get(type(module), type(module))
     ours.eval(), stock.eval()  # these return nothing
-    images = torch.randn(1, 3, 64, 64)
-    assert torch.equal(ours(images)[0], stock(images)[0])
+    images = torch.randn(2, 3, *size)
+    assert torch.equal(ours(images)[0], stock(images)[0])  # where the biases train: mmdet's way
+    ours.requires_grad_(False)
+    torch.testing.assert_close(ours(images), stock(images), rtol=1e-5, atol=1e-5)
 
 
 def test_a_swin_block_behind_a_frozen_stem_is_checkpointed():
