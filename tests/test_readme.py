@@ -149,6 +149,14 @@ def retained_names(code: str, text_dir: str, base: str, tmp_path: Path) -> None:
     assert all(train(detector, steps=2).values())
 
 
+def routed_names(code: str, text_dir: str, base: str, tmp_path: Path) -> None:
+    for written in re.split(r'^(?=model = )', code, flags=re.M)[1:]:
+        there = written.replace('work_dirs/cards/epoch_12.pth', base)
+        detector = build(text_dir, base_checkpoint=base, **as_written(there)['model'])
+        named = re.search(r'names=({.*?})', written)
+        assert detector.route.names == (eval(named.group(1)) if named else {})
+
+
 def without_mmdet(code: str, text_dir: str, base: str, tmp_path: Path) -> None:
     _, tokens = token_labels(['cat', 'hot dog'], [1, 0], text_dir)
     torch.manual_seed(0)
@@ -190,6 +198,7 @@ SNIPPETS: dict[str, Callable[[str, str, str, Path], None]] = {
     '# my_things.py': own_data,
     "criterion=dict(type='GroundingDINOCriterion', ce_weight": criterion_settings,
     '# weight=1.5, every=1': retained_names,
+    'test_cfg=dict(route=True)': routed_names,
     'from mmdet_gdino_lora import build_criterion': without_mmdet,
     "dict(type='PreemptHook')": hooks,
 }

@@ -54,6 +54,7 @@ def preset_table(cfg, name: str, rank: int = 16) -> str:
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
 
+    from mmdet_gdino_lora.layers.exchange import LEAN
     from mmdet_gdino_lora.lora import GROUPS
     from mmdet_gdino_lora.lora.inject.presets import group_of
     from mmdet_gdino_lora.peft_layers.layers import adapter_layers
@@ -69,9 +70,11 @@ def preset_table(cfg, name: str, rank: int = 16) -> str:
             sizes[module] += parameter.numel()
         else:
             total += parameter.numel()
+    stock = {lean: kind for kind, lean in LEAN.items()}
     rows: dict[tuple[str, str, str], list[int]] = {}
     for module, layer in adapter_layers(detector).items():
-        kind = type(layer.get_base_layer()).__name__
+        base_layer = type(layer.get_base_layer())
+        kind = stock.get(base_layer, base_layer).__name__
         key = (group_of(module), re.sub(r'\d+', '*', module), kind)
         rows.setdefault(key, []).append(sizes[module])
     page = HEAD.format(config=name, total=total, rank=rank)
