@@ -62,7 +62,7 @@ class LeanShiftWindowMSA(ShiftWindowMSA):
         """
         attention: WindowMSA = self.w_msa
         trains = attention.relative_position_bias_table.requires_grad and torch.is_grad_enabled()
-        # Symbolic sizes of this way take torch.compile minutes; a compiler has no use for it either.
+        # torch.compile takes minutes over the symbolic sizes of what follows.
         if trains or attention.attn_drop.p or torch.compiler.is_compiling():
             return super().forward(query, hw_shape)
         (height, width), size, shift = hw_shape, self.window_size, self.shift_size
