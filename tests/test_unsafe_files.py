@@ -199,10 +199,10 @@ TOOLS = (
     'train.py my_things.py --cfg-options load_from=PLANTED',
     'train.py my_things.py --cfg-options model.base_checkpoint=PLANTED',
     'test.py my_things.py PLANTED',
-    'merge_adapter.py my_things.py PLANTED out.pth',
-    'export_adapter.py my_things.py PLANTED out/',
+    'merge_adapter.py my_things.py PLANTED unsafe.pth',
+    'export_adapter.py my_things.py PLANTED unsafe/',
     'sweep_scale.py my_things.py PLANTED',
-    'shrink_checkpoint.py PLANTED out.safetensors',
+    'shrink_checkpoint.py PLANTED unsafe.safetensors',
     'image_demo.py my_things.py PLANTED photo.jpg --texts bolt',
     'image_demo.py my_things.py CHECKPOINT photo.jpg --texts bolt --adapter PLANTED',
 )
