@@ -17,7 +17,7 @@ from mmdet_gdino_lora.export.swin import GraphPatchEmbed, GraphPatchMerging, Gra
 from mmdet_gdino_lora.layers.contrastive import TokenLogits
 from mmdet_gdino_lora.layers.deformable import LeanDeformableAttention
 from mmdet_gdino_lora.layers.encoder import LeanEncoder
-from mmdet_gdino_lora.layers.levels import Shapes
+from mmdet_gdino_lora.layers.levels import Shapes, centres
 from mmdet_gdino_lora.layers.swin import LeanShiftWindowMSA
 
 
@@ -104,15 +104,8 @@ class GraphEncoder(LeanEncoder):
         Returns:
             [1, S, levels, 2], (x, y) in 0..1.
         """
-        centres = torch.cat([_centres(height, width, device) for height, width in spatial_shapes])
-        return centres[None, :, None] * valid_ratios[:, None]
-
-
-def _centres(height: int, width: int, device: torch.device | str) -> Tensor:
-    y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
-    x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
-    grid = torch.stack((x[None].expand(height, -1), y[:, None].expand(-1, width)), -1)
-    return grid.flatten(0, 1)
+        places = torch.cat([centres(height, width, device) for height, width in spatial_shapes])
+        return places[None, :, None] * valid_ratios[:, None]
 
 
 class GraphTokenLogits(TokenLogits):

@@ -98,6 +98,23 @@ def grid(shapes: Shapes, device: torch.device) -> Grid:
         return Grid(to_device(level, device), *parts)
 
 
+def centres(height: int, width: int, device: torch.device | str) -> Tensor:
+    """Compute the centres of a level's positions from sizes that may be a graph's expressions.
+
+    Args:
+        height: of the level.
+        width: of the level.
+        device: where the result belongs.
+
+    Returns:
+        float32 [height * width, 2], (x, y) in 0..1.
+    """
+    y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
+    x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
+    places = torch.stack((x[None].expand(height, -1), y[:, None].expand(-1, width)), dim=-1)
+    return places.flatten(0, 1)
+
+
 def seen_sizes(
     shapes: Shapes, image_shapes: Sequence[tuple[int, int]], input_shape: tuple[int, int]
 ) -> np.ndarray | None:

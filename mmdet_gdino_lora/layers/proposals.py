@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.layers.contrastive import TokenLogits
-from mmdet_gdino_lora.layers.levels import Shapes, grid, host_shapes
+from mmdet_gdino_lora.layers.levels import Shapes, centres, grid, host_shapes
 
 
 class Proposals(NamedTuple):
@@ -94,11 +94,8 @@ def _boxes_of_any_size(shapes: Shapes, device: torch.device) -> tuple[Tensor, Te
     """As `position_boxes` without padding; sizes are expressions, as in an exported graph."""
     boxes = []
     for level, (height, width) in enumerate(shapes):
-        y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
-        x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
-        centres = torch.stack((x[None].expand(height, -1), y[:, None].expand(-1, width)), dim=-1)
-        centres = centres.flatten(0, 1)[None]
-        boxes.append(torch.cat((centres, torch.full_like(centres, 0.05 * 2.0**level)), dim=-1))
+        places = centres(height, width, device)[None]
+        boxes.append(torch.cat((places, torch.full_like(places, 0.05 * 2.0**level)), dim=-1))
     return _before_sigmoid(torch.cat(boxes, dim=1))
 
 
@@ -130,10 +127,10 @@ def position_boxes(
     """
     places = grid(shapes, device)
     sizes = places.sizes[None] if memory_mask is None else _seen_sizes(shapes, memory_mask)
-    centres = places.centres / sizes.index_select(1, places.level)
+    middles = places.centres / sizes.index_select(1, places.level)
     extents = (0.05 * 2.0 ** torch.arange(len(shapes), device=device)).index_select(0, places.level)
-    extents = extents[None, :, None].expand_as(centres)
-    box, valid = _before_sigmoid(torch.cat((centres, extents), dim=-1))
+    extents = extents[None, :, None].expand_as(middles)
+    box, valid = _before_sigmoid(torch.cat((middles, extents), dim=-1))
     if memory_mask is not None:
         box = box.masked_fill_(memory_mask[..., None], float('inf'))
     return box, valid
