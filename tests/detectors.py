@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.runner.checkpoint import weights_to_cpu
 from torch import Tensor, nn
 
 from tests.builders import WORDS, data_samples
+
+#: Of detectors that are run on a GPU, or on a virtual one.
+SETTINGS: dict[str, dict[str, Any]] = {
+    'decoder': dict(lora=dict(preset='decoder', r=2)),
+    'all': dict(lora=dict(preset='all', r=2)),
+    'DoRA': dict(
+        lora=dict(
+            preset='decoder',
+            r=2,
+            use_dora=True,
+            exclude_modules=['self_attn.attn', 'cross_attn_text.attn'],  # PEFT has none for these
+        )
+    ),
+    'retain': dict(lora=dict(preset='all', r=2), retain=dict(names=['bird', 'car'])),
+    'half base': dict(lora=dict(preset='all', r=2), base_dtype='bfloat16'),
+}
+
+
+def ready_for_devices(detector: nn.Module) -> nn.Module:
+    """Its adapters change what it does, and nothing is dropped: devices draw other numbers."""
+    for module in detector.modules():
+        for name in ('p', 'dropout'):  # of nn.Dropout, and of attention
+            if isinstance(vars(module).get(name), float):
+                setattr(module, name, 0.0)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in detector.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    return detector
 
 
 def train(detector: nn.Module, steps: int = 2) -> dict[str, bool]:

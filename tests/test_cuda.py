@@ -15,26 +15,13 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from tests.builders import WORDS, build, data_samples
+from tests.detectors import SETTINGS, ready_for_devices
 from tests.run_small import config
 
 if not torch.cuda.is_available():
     pytest.skip('needs a GPU, and GPU_TESTS=1', allow_module_level=True)
 
 SIZE = 96
-SETTINGS = {
-    'decoder': dict(lora=dict(preset='decoder', r=2)),
-    'all': dict(lora=dict(preset='all', r=2)),
-    'DoRA': dict(
-        lora=dict(
-            preset='decoder',
-            r=2,
-            use_dora=True,
-            exclude_modules=['self_attn.attn', 'cross_attn_text.attn'],  # PEFT has none for these
-        )
-    ),
-    'retain': dict(lora=dict(preset='all', r=2), retain=dict(names=['bird', 'car'])),
-    'half base': dict(lora=dict(preset='all', r=2), base_dtype='bfloat16'),
-}
 PRECISIONS = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
@@ -51,16 +38,7 @@ def detector(text_dir: str, base: str, settings: str, **more: Any) -> nn.Module:
     """Its adapters change what it does, and nothing is dropped: devices draw other numbers."""
     made = build(text_dir, base_checkpoint=base, **SETTINGS[settings], **more)
     made.init_weights()
-    for module in made.modules():
-        for name in ('p', 'dropout'):  # of nn.Dropout, and of attention
-            if isinstance(vars(module).get(name), float):
-                setattr(module, name, 0.0)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    return made
+    return ready_for_devices(made)
 
 
 def batch(device: str, boxes: tuple[int, ...] = (3, 2)) -> tuple[Tensor, list]:

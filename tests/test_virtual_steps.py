@@ -22,24 +22,14 @@ from mmdet_gdino_lora.objective import host
 from mmdet_gdino_lora.objective.criterion import GroundingDINOCriterion
 from tests.builders import WORDS, build, data_samples
 from tests.ceilings import WAITS
+from tests.detectors import SETTINGS, ready_for_devices
 from tests.faults.smallest import model as smallest
 from tests.virtual_device import DeviceError, VirtualDevice
 from tests.virtual_device.steps import Step, Trained
 
 NAMES, SIZE = WORDS[:4], 32
-SETTINGS: dict[str, dict[str, Any]] = {
-    'decoder': dict(lora=dict(preset='decoder', r=2)),
-    'all': dict(lora=dict(preset='all', r=2)),
-    'DoRA': dict(
-        lora=dict(
-            preset='decoder',
-            r=2,
-            use_dora=True,
-            exclude_modules=['self_attn.attn', 'cross_attn_text.attn'],  # PEFT has none for these
-        )
-    ),
-    'retain': dict(lora=dict(preset='all', r=2), retain=dict(names=['bird', 'car'])),
-    'half base': dict(lora=dict(preset='all', r=2), base_dtype='bfloat16'),
+MORE: dict[str, dict[str, Any]] = {
+    **SETTINGS,
     'no denoising': dict(lora=dict(preset='decoder', r=2), dn_cfg=None),
     'full': dict(lora=None),
 }
@@ -54,17 +44,8 @@ def device() -> Iterator[VirtualDevice]:
 def detector(text_dir: str, base: str, settings: str) -> nn.Module:
     """Its adapters change what it does, and nothing is dropped: the device draws other numbers."""
     torch.manual_seed(0)
-    model = build(text_dir, base_checkpoint=base, **{**smallest(), **SETTINGS[settings]})
-    for module in model.modules():
-        for name in ('p', 'dropout'):  # of nn.Dropout, and of attention
-            if isinstance(vars(module).get(name), float):
-                setattr(module, name, 0.0)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    return model
+    model = build(text_dir, base_checkpoint=base, **{**smallest(), **MORE[settings]})
+    return ready_for_devices(model)
 
 
 def trained(
