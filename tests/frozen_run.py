@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +54,6 @@ def config(work_dir: Path, text_dir: str, base: str, **settings: Any) -> Config:
     frozen, changed = settings.pop('frozen', HOOK), settings.pop('dataset', {})
     settings = {**dict(retain=None, by_epoch=True, epochs=3), **settings}
     cfg = smallest(str(work_dir), text_dir, base, **settings)
-    # runs of one name that begin in the same second would share a log
-    cfg.experiment_name = f'{work_dir}_{len(os.listdir(work_dir)) if work_dir.is_dir() else 0}'
     dataset = dict(
         type='CocoDataset',
         data_root=images(work_dir.parent / 'images'),

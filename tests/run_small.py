@@ -116,6 +116,8 @@ def config(
     """
     if not load_from:
         model['base_checkpoint'] = base
+    # runs of one name that begin in the same second would share a log
+    begun = len(os.listdir(work_dir)) if os.path.isdir(work_dir) else 0
     hook = dict(type='AdapterCheckpointHook', by_epoch=by_epoch, interval=1 if by_epoch else 2)
     cfg = dict(
         model=detector_cfg(text_dir, **model),
@@ -132,7 +134,7 @@ def config(
         resume=resume,
         load_from=base if load_from and not resume else None,
         launcher=launcher,
-        experiment_name=f'{os.path.basename(work_dir)}_{resume}',
+        experiment_name=f'{work_dir}_{begun}',
         default_scope='mmdet',
         model_wrapper_cfg=ON_CPU if launcher != 'none' else None,
     )

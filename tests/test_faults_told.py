@@ -34,7 +34,6 @@ def train(work_dir: Path, text_dir: str, base: str, *hooks: dict, **settings: An
     cfg.custom_hooks[0].update(seed)
     if dataset:
         cfg.train_dataloader.dataset = dataset
-    cfg.experiment_name = f'{work_dir}_{len(os.listdir(work_dir)) if work_dir.is_dir() else 0}'
     runner = Runner.from_cfg(cfg)
     runner.train()
     return runner

@@ -50,7 +50,6 @@ def train(work_dir: Path, text_dir: str, small_base: str, loader: dict, **settin
     settings = dict(epochs=EPOCHS, hooks=hooks, **settings)
     cfg = smallest(str(work_dir), text_dir, small_base, **settings)
     cfg.train_dataloader.update(loader)
-    cfg.experiment_name = f'{work_dir}_{len(os.listdir(work_dir)) if work_dir.is_dir() else 0}'
     runner = Runner.from_cfg(cfg)
     try:
         runner.train()

@@ -52,8 +52,6 @@ def train(
             type='FileImages', folder=settings['images'], text_dir=settings['text_dir']
         )
     cfg.train_dataloader.update(settings.get('loader', {}))
-    count = len(os.listdir(folder)) if os.path.isdir(folder) else 0
-    cfg.experiment_name = f'{os.path.basename(folder)}_{count}'
     runner = Runner.from_cfg(cfg)
     runner.train()
     return runner
