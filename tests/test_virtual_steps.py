@@ -89,9 +89,11 @@ def test_a_training_step_waits_for_the_matching_alone(
 @pytest.mark.parametrize('settings', ['decoder', 'retain', 'no denoising'])
 def test_losses_and_gradients_are_the_hosts(text_dir: str, small_base: str, settings: str) -> None:
     def step(on_device: bool) -> dict[str, Tensor]:
-        model = detector(text_dir, small_base, settings).train()
+        # in double precision, where no rounding bends a gradient at a kink
+        model = detector(text_dir, small_base, settings).train().double()
         model.dn_query_generator = None  # the device draws other numbers
-        images, samples = torch.randn(2, 3, SIZE, SIZE), data_samples(NAMES, (3, 2), size=SIZE)
+        images = torch.randn(2, 3, SIZE, SIZE, dtype=torch.float64)
+        samples = data_samples(NAMES, (3, 2), size=SIZE)
         if on_device:
             model, images = model.cuda(), images.cuda()
             samples = [sample.to('cuda') for sample in samples]
@@ -106,7 +108,7 @@ def test_losses_and_gradients_are_the_hosts(text_dir: str, small_base: str, sett
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         error = (got[name] - value).abs().max()
-        assert error <= 1e-4 * value.abs().max() + 1e-6, name
+        assert error <= 1e-9 * value.abs().max() + 1e-12, name
 
 
 @pytest.mark.parametrize('boxes', [(0, 0), (0, 3), (40, 1)])
