@@ -13,7 +13,6 @@ from typing import Any, Optional, Union
 import numpy as np
 import torch
 from mmdet.models.dense_heads import GroundingDINOHead
-from mmdet.models.layers import inverse_sigmoid
 from mmdet.registry import MODELS
 from mmdet.structures import SampleList
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_xyxy_to_cxcywh
@@ -23,6 +22,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 from mmdet_gdino_lora.layers.branches import all_boxes, all_logits
+from mmdet_gdino_lora.layers.refinement import BeforeSigmoid
 from mmdet_gdino_lora.objective import GroundingDINOCriterion
 from mmdet_gdino_lora.transfer import to_device
 
@@ -128,7 +128,7 @@ class GroundingDINOCriterionHead(GroundingDINOHead):
             references = list(references)
             return super().forward(hidden_states, references, memory_text, text_token_mask)
         logits = all_logits(self.cls_branches, hidden_states, memory_text, text_token_mask)
-        boxes = all_boxes(self.reg_branches, hidden_states) + inverse_sigmoid(before)
+        boxes = all_boxes(self.reg_branches, hidden_states) + BeforeSigmoid.apply(before, 1e-5)
         return logits, boxes.sigmoid()
 
     def loss(
@@ -146,8 +146,8 @@ class GroundingDINOCriterionHead(GroundingDINOHead):
 
         Args:
             hidden_states: Decoder outputs [L, B, Q, C], denoising queries first.
-            references: Reference boxes before each layer and after the last, L + 1 times
-                [B, Q, 4], (cx, cy, w, h) in 0..1.
+            references: Reference boxes before each layer, L times or more [B, Q, 4],
+                (cx, cy, w, h) in 0..1.
             memory_text: Text features after the encoder [B, T, C].
             text_token_mask: True at real tokens [B, T].
             enc_outputs_class: Token logits of the selected proposals [B, Q, T or more] or None.
@@ -232,7 +232,7 @@ class GroundingDINOCriterionHead(GroundingDINOHead):
 
         Args:
             hidden_states: Decoder outputs [L, B, Q, C].
-            references: Reference boxes, L + 1 times [B, Q, 4].
+            references: Reference boxes, L times or more [B, Q, 4].
             memory_text: Text features [B, T, C].
             text_token_mask: True at real tokens [B, T].
             batch_data_samples: With ``token_positive_map`` (class number from 1 to its tokens).

@@ -26,7 +26,7 @@ from mmdet_gdino_lora.checks.adapter import check_retain
 from mmdet_gdino_lora.checks.findings import tell
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora import IMAGE_TOWER, base_only, evaluating, lora_state
-from mmdet_gdino_lora.objective.boxes import l1_and_giou
+from mmdet_gdino_lora.objective.boxes import L1AndGIoU
 from mmdet_gdino_lora.text import CaptionTokenizer, TokenizedCaption
 from mmdet_gdino_lora.transformer import Encoded, LeanGroundingDINO
 
@@ -302,7 +302,7 @@ def distillation_losses(student: Outputs, teacher: Outputs) -> dict[str, Tensor]
     score = p.masked_fill(~valid, 0).amax(-1).flatten(1)
     total = reduce_mean(score.sum(1, keepdim=True)).clamp(min=1 / get_world_size())
     score = (score / total).flatten()
-    l1, giou = l1_and_giou(
+    l1, giou = L1AndGIoU.apply(
         student.boxes.flatten(0, 2).float().t(), teacher.boxes.flatten(0, 2).float().t()
     )
     return dict(

@@ -271,7 +271,7 @@ class LeanGroundingDINO(GroundingDINO):
             **kwargs: As for mmdet's ``DINO.forward_decoder``; ``memory`` is the decoder's value.
 
         Returns:
-            ``hidden_states`` [L, B, Q, C] and ``references`` [L + 1, B, Q, 4].
+            ``hidden_states`` [L, B, Q, C] and ``references`` [L, B, Q, 4].
         """
         hidden_states, references = self.decoder(
             query=query,

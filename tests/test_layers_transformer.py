@@ -137,6 +137,8 @@ def test_decoder_equals_mmdet(with_adapters):
     assert list(stock.state_dict()) == list(ours.state_dict())
     if with_adapters:
         stock, ours = adapted(stock), exchange_layers(adapted(ours))
+    # mmdet moves the boxes once more after the last layer, for nobody
+    stock.register_forward_hook(lambda module, given, out: (out[0], out[1][:-1]))
     inputs = decoder_inputs()
     assert_same(run(stock, inputs), run(ours, inputs))
 

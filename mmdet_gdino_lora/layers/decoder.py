@@ -9,6 +9,7 @@ from mmdet.models.layers.transformer.grounding_dino_layers import GroundingDinoT
 from torch import Tensor, nn
 
 from mmdet_gdino_lora.layers.bias import as_bias
+from mmdet_gdino_lora.layers.refinement import before_sigmoid
 from mmdet_gdino_lora.layers.sine import encode_boxes
 
 
@@ -42,7 +43,9 @@ class LeanDecoder(GroundingDinoTransformerDecoder):
             **kwargs: of the layers, in mmdet's names.
 
         Returns:
-            mmdet's: outputs [layers, B, Q, C] and reference boxes [layers + 1, B, Q, 4].
+            mmdet's outputs [layers, B, Q, C] and the boxes that each layer started from
+            [layers, B, Q, 4]. mmdet moves them after the last layer too; none of its heads
+            reads those.
         """
         scale = torch.cat([valid_ratios, valid_ratios], -1)[:, None]
         bias = None if self_attn_mask is None else as_bias(self_attn_mask, query)
@@ -51,7 +54,13 @@ class LeanDecoder(GroundingDinoTransformerDecoder):
             kwargs['text_attention_mask'] = as_bias(barred, query)
         width = self.ref_point_head.layers[0].in_features // 4
         outputs, boxes = [], [reference_points]
-        for layer, branch in zip(self.layers, reg_branches):
+        for number, layer in enumerate(self.layers):
+            if number:
+                # A layer's loss reaches the boxes of the layer before: only what goes on is
+                # detached.
+                moved = reg_branches[number - 1](query) + before_sigmoid(reference_points, 1e-3)
+                boxes.append(moved.sigmoid())
+                reference_points = boxes[-1].detach()
             on_levels = reference_points[:, :, None] * scale
             encoded = encode_boxes(on_levels[:, :, 0], width)
             query = layer(
@@ -63,14 +72,5 @@ class LeanDecoder(GroundingDinoTransformerDecoder):
                 reference_points=on_levels,
                 **kwargs,
             )
-            # A layer's loss reaches the boxes of the layer before: only what goes on is detached.
-            moved = branch(query) + _before_sigmoid(reference_points)
-            boxes.append(moved.sigmoid())
-            reference_points = boxes[-1].detach()
             outputs.append(self.norm(query))
         return torch.stack(outputs), torch.stack(boxes)
-
-
-def _before_sigmoid(boxes: Tensor, eps: float = 1e-3) -> Tensor:
-    """Invert the sigmoid as mmdet does, for numbers that lie in 0..1 already."""
-    return torch.log(boxes.clamp(min=eps) / (1 - boxes).clamp(min=eps))

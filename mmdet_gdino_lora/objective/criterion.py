@@ -13,7 +13,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmdet_gdino_lora.errors import NonFiniteError
-from mmdet_gdino_lora.objective.boxes import l1_and_giou
+from mmdet_gdino_lora.objective.boxes import L1AndGIoU
 from mmdet_gdino_lora.objective.costs import BoxGIoUCost, BoxL1Cost, TokenFocalCost
 from mmdet_gdino_lora.objective.focal import (
     KnownGradient,
@@ -249,16 +249,15 @@ class GroundingDINOCriterion(nn.Module):
             slopes = span_grad(x, *key)
             values = []
             for group, found, grad, change, slope in zip(
-                groups, matches, grads, changes.split(counts), slopes.split(counts)
+                groups, matches, grads, changes.double().split(counts), slopes.split(counts)
             ):
                 sums = self._weighted(group.background[key], found, grad)
                 if grad is not None:
                     grad[found.span] = slope.to(grad.dtype)
                 # in float64: the background of confident spans is added here and taken away there
                 total = sums.sum((1, 2), dtype=torch.float64)
-                total += layer_sums(change.double(), found.span_counts)
-                values.append(total.to(sums.dtype))
-        return KnownGradient.apply(values, grads, *logits)
+                values.append(total.add_(layer_sums(change, found.span_counts)))
+        return KnownGradient.apply(torch.cat(values).to(x.dtype), grads, *logits)
 
     def _weighted(self, sums: Tensor, found: Matches, grad: Tensor | None) -> Tensor:
         """Background losses [L, B, Q] with ``background_weight`` on unmatched queries."""
@@ -304,7 +303,7 @@ def box_losses(groups: Sequence[Group], matches: Sequence[Matches], targets: Tar
     )
     predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
     wanted = targets.boxes[torch.cat([found.target.view(-1) for found in matches])]
-    l1, giou = l1_and_giou(predicted.t(), wanted.t())
+    l1, giou = L1AndGIoU.apply(predicted.t(), wanted.t())
     losses = torch.stack((l1, 1 - giou)).split([found.query.numel() for found in matches], dim=1)
     sums = [part.view(2, *found.query.shape).sum(-1) for part, found in zip(losses, matches)]
     return torch.cat(sums, dim=1)

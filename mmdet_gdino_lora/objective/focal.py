@@ -39,7 +39,7 @@ def span_minus_background(logits: Tensor, alpha: float, gamma: float) -> Tensor:
     p = x.sigmoid()
     background = softplus(x)  # -log(1 - p); -log(p) is this less x
     span = (1 - p).pow_(gamma).mul_(alpha).mul_(background - x)
-    return span.sub_(p.pow_(gamma).mul_(background), alpha=1 - alpha)
+    return span.addcmul_(p.pow_(gamma), background, value=alpha - 1)
 
 
 def span_grad(logits: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -68,15 +68,16 @@ def background_focal(
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logits = logits.detach()
-    sums = logits.new_zeros(logits.shape[:3], dtype=dtype)
     grad = torch.empty_like(logits, dtype=dtype) if with_grad else None
     if cpu.runs_here(logits):
+        sums = logits.new_zeros(logits.shape[:3], dtype=dtype)
         for block, x, quick in cpu.background_blocks(logits, mask, dtype):
             here = None if grad is None else grad[block]
             background_block(x, alpha, gamma, sums[block[:-1]], here, quick)
         if grad is not None:
             cpu.clear_padding(grad, mask)
         return sums, grad
+    sums = logits.new_empty(logits.shape[:3], dtype=dtype)
     num_tokens = mask.shape[1]
     x = logits[..., :num_tokens].to(dtype).masked_fill(~mask[:, None], -torch.inf)
     background_block(x, alpha, gamma, sums, None if grad is None else grad[..., :num_tokens])
@@ -118,12 +119,12 @@ class KnownGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, values: Sequence[Tensor], grads: Sequence[Tensor | None], *logits: Tensor
+        ctx: Any, values: Tensor, grads: Sequence[Tensor | None], *logits: Tensor
     ) -> Tensor:
         ctx.grads = list(grads)
         ctx.dtypes = [tensor.dtype for tensor in logits]
         ctx.sizes = [len(tensor) for tensor in logits]
-        return torch.cat(list(values))
+        return values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
