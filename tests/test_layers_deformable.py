@@ -172,7 +172,7 @@ def test_what_no_kernel_costs_is_what_the_definition_asks_for_and_keeps() -> Non
         out = multi_scale_deformable_attn_pytorch(value, sizes, locations, weights)
     with Launches() as back:
         out.backward(torch.empty_like(out))
-    assert (way.counts.total(), back.counts.total()) == (10, 18)
+    assert (way.counts.total(), back.counts.total()) == (10, 17)
     assert round(sum(storage.nbytes() for storage in kept.values()) / 1e9, 2) == 0.42
     inputs = sum(tensor.numel() * 4 for tensor in (value, locations, weights))  # the kernel's
     assert round(inputs / 1e9, 2) == 0.06
