@@ -106,6 +106,9 @@ def _one_after_the_other(
         inputs = [x.to(dtype) for x in inputs]
     outs = []
     for x, part in zip(inputs, parts(rows)):
+        # Of an expanded input torch takes another product where a gradient is wanted than where
+        # none is: in half precision the base and its adapters of zeros would differ.
+        x = x.contiguous()
         out = F.linear(x, weight[part], None if bias is None else bias[part])
         for adapter in adapters:
             given = x if dtype is not None else x.to(adapter.a.dtype)
