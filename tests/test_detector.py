@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from mmdet_gdino_lora import LoRAGroundingDINO
@@ -202,3 +203,19 @@ def test_more_classes_than_denoising_labels_is_told(text_dir: str) -> None:
     cfg.bbox_head.num_classes = 2
     with pytest.raises(ConfigError, match='bbox_head.num_classes'):
         build_cfg(cfg).train().loss(IMAGES, samples())
+
+
+@pytest.mark.parametrize(
+    'more',
+    [dict(), dict(loss_each=torch.rand(3)), dict(loss_lists=[torch.rand(2), torch.rand(())])],
+    ids=['numbers', 'a vector', 'a list'],
+)
+def test_losses_are_summed_as_by_mmengine(text_dir: str, more: dict) -> None:
+    detector, numbers = build(text_dir), torch.rand(3, requires_grad=True)
+    losses = dict(zip(('loss_ce', 'accuracy', 'd0.loss_bbox'), numbers.unbind()), **more)
+    found = []
+    for parse in (detector.parse_losses, lambda given: BaseModel.parse_losses(detector, given)):
+        total, logged = parse(losses)
+        found.append((total, logged, torch.autograd.grad(total, numbers)[0]))
+    torch.testing.assert_close(*found)
+    assert list(found[0][1]) == list(found[1][1])
