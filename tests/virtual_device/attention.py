@@ -68,6 +68,11 @@ def _as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(mask, 0.0, barred)
 
 
+def _heads_inside(x: Tensor) -> Tensor:
+    """Lays numbers out as CUDA's kernels do, whose results' heads lie inside their positions."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() == 4 else x
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operations: Operations, more: dict, *given: Tensor | None) -> Tensor:
@@ -81,8 +86,9 @@ class _Attention(torch.autograd.Function):
                 for tensor, needed in zip(given, ctx.needs_input_grad[2:])
             ]
             out = sdpa(*inputs, **more)
+            result = _heads_inside(out.detach())
         ctx.operations, ctx.inputs, ctx.out = operations, inputs, out
-        result = out.detach()
+        ctx.save_for_backward(*given, result)  # what CUDA's kernels keep, for those who count it
         put(result, Place.DEVICE)
         return result
 
@@ -92,7 +98,10 @@ class _Attention(torch.autograd.Function):
         wanted = [x for x in ctx.inputs if x is not None and x.requires_grad]
         with ctx.operations.paused():
             found = iter(torch.autograd.grad(ctx.out, wanted, grad, retain_graph=True))
-        grads = [next(found) if x is not None and x.requires_grad else None for x in ctx.inputs]
+            grads = [
+                _heads_inside(next(found)) if x is not None and x.requires_grad else None
+                for x in ctx.inputs
+            ]
         for result in grads:
             if result is not None:
                 put(result, Place.DEVICE)

@@ -42,20 +42,35 @@ class Counts:
     Attributes:
         operations: How often each was asked for.
         waits: In their order.
+        bytes: Read and written by operations that do little else: all but products, convolutions,
+            attention and sampling.
+        flops: Floating point operations of products, convolutions and attention.
     """
 
     operations: Counter[Operation] = field(default_factory=Counter)
     waits: list[Wait] = field(default_factory=list)
+    bytes: Counter[Operation] = field(default_factory=Counter)
+    flops: Counter[Operation] = field(default_factory=Counter)
 
     @property
     def launches(self) -> int:
         """How many operations."""
         return self.operations.total()
 
-    def by(self, *fields: str) -> Counter[tuple]:
-        """Operations by some of ``part``, ``line``, ``own``, ``name``, ``backward``."""
+    @property
+    def traffic(self) -> int:
+        """How many bytes are read and written."""
+        return self.bytes.total()
+
+    def by(self, *fields: str, of: str = 'operations') -> Counter[tuple]:
+        """Sums by some of ``part``, ``line``, ``own``, ``name``, ``backward``.
+
+        Args:
+            *fields: What to group by.
+            of: ``'operations'``, ``'bytes'`` or ``'flops'``.
+        """
         sums: Counter[tuple] = Counter()
-        for operation, count in self.operations.items():
+        for operation, count in getattr(self, of).items():
             known = {**operation.site._asdict(), **operation._asdict()}
             sums[tuple(known[name] for name in fields)] += count
         return sums

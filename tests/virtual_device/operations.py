@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.virtual_device.counts import Counts, Operation, Wait
 from tests.virtual_device.memory import Place, place_of, put
 from tests.virtual_device.sites import Site, current_site, stack
+from tests.virtual_device.traffic import moved, multiplied, tensors_in
 
 #: They describe or reserve memory, or make a scalar on the host.
 FREE = {
@@ -22,6 +23,7 @@ FREE = {
     'alias',
     'detach',
     'detach_',
+    'device',
     'empty',
     'empty_like',
     'empty_strided',
@@ -101,17 +103,6 @@ class Call:
         return Place.DEVICE if on_device else Place.HOST
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from tensors_in(part)
-    elif isinstance(value, dict):
-        yield from tensors_in(tuple(value.values()))
-
-
 class Operations(TorchDispatchMode):
     """Runs ATen's operations on the CPU as if those on tagged storages ran on a GPU.
 
@@ -155,8 +146,8 @@ class Operations(TorchDispatchMode):
         finally:
             self._paused -= 1
 
-    def launch(self, name: str) -> None:
-        """Notes an operation on the device."""
+    def launch(self, name: str, moved: int = 0, flops: int = 0) -> None:
+        """Notes an operation on the device, the bytes that it moves and what it multiplies."""
         if not self._watching:
             return
         node = torch._C._current_autograd_node()
@@ -170,6 +161,8 @@ class Operations(TorchDispatchMode):
         operation = Operation(site, name, node is not None)
         for counts in self._watching:
             counts.operations[operation] += 1
+            counts.bytes[operation] += moved
+            counts.flops[operation] += flops
 
     def wait(self, kind: str) -> None:
         """Notes that the host waits, after which all copies have arrived."""
@@ -234,10 +227,11 @@ class Operations(TorchDispatchMode):
         self._check_pinned(given, places, kind)
         if place is Place.DEVICE:
             self._check_together(kind, given, places)
-            if kind.launches:
-                self.launch(kind.name)
             self._check_waits(kind, given, places, args, kwargs)
         result = function(*args, **kwargs)
+        if place is Place.DEVICE and kind.launches and self._watching:
+            call = function, args, kwargs, result
+            self.launch(kind.name, moved(*call), multiplied(*call))
         if place is not Place.HOST:
             for tensor in tensors_in(result):
                 if place_of(tensor) is Place.HOST:

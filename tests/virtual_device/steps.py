@@ -80,14 +80,16 @@ class Trained:
 
     Args:
         device: Entered.
-        model: Of the host.
+        model: It is moved to the device where it is not there.
         amp: Type of autocast; '' for none.
     """
 
     def __init__(self, device: VirtualDevice, model: nn.Module, amp: str = '') -> None:
-        self.device, self.model, self.dtype = device, model.cuda().train(), AMP[amp]
+        if not next(model.parameters()).is_cuda:
+            model = model.cuda()
+        self.device, self.model, self.dtype = device, model.train(), AMP[amp]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, foreach=True)
 
     def batch(
         self, names: list[str], boxes: tuple[int, ...], size: int, seed: int = 0
@@ -109,7 +111,7 @@ class Trained:
         with self.device.watch() as backward:
             total.backward()
         with self.device.watch() as optimizer:
-            nn.utils.clip_grad_norm_(self.parameters, 0.1)
+            nn.utils.clip_grad_norm_(self.parameters, 0.1, foreach=True)
             self.optimizer.step()
             self.optimizer.zero_grad()
         return Step(forward, backward, optimizer, total.detach())
