@@ -112,9 +112,10 @@ def _attend(attention: WindowMSA, x: Tensor, regions: Tensor | None) -> Tensor:
     out = F.scaled_dot_product_attention(
         query, key, value, mask[..., :tokens], scale=attention.scale
     )
+    out = out.transpose(1, 2)  # as it lies in memory: the windows are copied to the images once
     if regions is not None:
-        out = out.unflatten(1, (-1, heads)).flatten(0, 1)
-    return attention.proj_drop(attention.proj(out.transpose(1, 2).flatten(2)))
+        out = out.unflatten(2, (-1, heads)).transpose(1, 2).flatten(0, 1)
+    return attention.proj_drop(attention.proj(out.flatten(2)))
 
 
 def _bias(attention: WindowMSA, dtype: torch.dtype) -> Tensor:
