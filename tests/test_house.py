@@ -41,6 +41,8 @@ MAY_IMPORT = {
     'phrases': {'text'},
     # The runner's side: no model, no adapter.
     'checks': {'errors', 'text'},
+    # What a folder of photos holds, before there is a config.
+    'formats': {'checks', 'errors', 'shipped'},
     'engine': {'checks', 'errors', 'files', 'text'},
     'lora': {'checks', 'errors', 'engine', 'files', 'layers', 'peft_layers'},
     'head': {'errors', 'layers', 'objective', 'samples', 'text', 'transfer'},
@@ -94,6 +96,7 @@ MAY_IMPORT = {
         'errors',
         'export',
         'files',
+        'formats',
         'lora',
         'shipped',
         'start',

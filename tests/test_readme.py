@@ -53,6 +53,14 @@ def its_help(things: Things, command: str) -> None:
     assert not end.value.code
 
 
+def of_photos(things: Things, command: str) -> None:
+    """On the photos of that run, into a config of their own."""
+    photos = command.replace('PHOTOS', 'data/my_things --overwrite -o of_photos.py')
+    run_typed(photos, things.folder)
+    cfg = Config.fromfile(things.folder / 'of_photos.py')
+    assert cfg.train_dataloader.dataset.metainfo.classes == ('wheel bolt', 'cracked tile')
+
+
 def launcher(things: Things, command: str) -> None:
     """Its command line: tests/test_launchers.py runs it whole."""
     bash, script, *arguments = shlex.split(command)
@@ -75,6 +83,7 @@ COMMANDS: dict[str, Callable[[Things, str], None]] = {
     'python -m mmdet_gdino_lora': its_help,
     'gdino-lora --help': its_help,
     'gdino-lora train gdino_lora_coco': its_help,
+    'gdino-lora new-config PHOTOS': of_photos,
     'gdino-lora train my_things.py': ours,
     'bash tools/dist_train.sh my_things.py 2': launcher,
     'gdino-lora test my_things.py work_dirs/my_things/epoch_12.pth': ours,

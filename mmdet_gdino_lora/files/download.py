@@ -28,6 +28,7 @@ except ImportError:  # Windows: two processes would fetch one file at the same t
     fcntl = None  # type: ignore[assignment]  # there is no such module to type
 
 _SILENCE, _ATTEMPTS, _CHUNK = 60, 5, 2**20  # seconds, number, bytes
+_PATIENCE = 10.0  # seconds that a server has to say whether it has a file
 # mmdet publishes files under names that end in the first digits of their sha256.
 _HASH_IN_NAME = re.compile(r'-([0-9a-f]{8,64})\.\w+$')
 _DATE = re.compile(r'(19|20)\d\d[01]\d[0-3]\d')
@@ -90,7 +91,7 @@ def fetch_url(source: str, key: str = 'base_checkpoint') -> str:
         ConfigError: If the URL is refused or can't be reached, or the file isn't the one meant.
     """
     check_url(source, key)
-    path = os.path.join(torch.hub.get_dir(), 'checkpoints', _name(source))
+    path = _kept_at(source)
     told: list[Optional[str]] = [None]
     if is_main_process():
         try:
@@ -106,6 +107,27 @@ def fetch_url(source: str, key: str = 'base_checkpoint') -> str:
             f'{path}, or give the path of a local copy.'
         )
     return path
+
+
+def is_out_of_reach(source: str) -> bool:
+    """Tells whether a URL's file is neither here nor to be had, after one try.
+
+    Args:
+        source: The URL.
+    """
+    if os.path.isfile(_kept_at(source)):
+        return False
+    url = urldefrag(source).url
+    asked = Request(url, headers={'User-Agent': 'torch.hub'}, method='HEAD')
+    try:
+        with _opener(url).open(asked, timeout=_PATIENCE):
+            return False
+    except (_Refused, URLError, HTTPException, OSError):
+        return True
+
+
+def _kept_at(source: str) -> str:
+    return os.path.join(torch.hub.get_dir(), 'checkpoints', _name(source))
 
 
 def _bring(source: str, path: str) -> None:

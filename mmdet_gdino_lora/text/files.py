@@ -7,7 +7,7 @@ import os
 import pickle
 from typing import Any, Callable, Optional, TypeVar
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -95,6 +95,15 @@ def is_at_hand(name: str) -> bool:
     if looks_like_path(name) or os.path.isdir(os.path.expanduser(name)):
         return True
     return any(isinstance(try_to_load_from_cache(name, file), str) for file in _VOCABULARIES)
+
+
+def is_out_of_reach(name: str) -> bool:
+    """Tells whether a text model is neither here nor to be had from the hub, after one try.
+
+    Args:
+        name: Folder, or name on the Hugging Face hub.
+    """
+    return not is_at_hand(name) and (constants.HF_HUB_OFFLINE or hub_is_out_of_reach())
 
 
 def looks_like_path(name: str) -> bool:
