@@ -17,7 +17,7 @@ from mmengine.runner import CheckpointLoader
 from torch.multiprocessing import ProcessExitedException
 
 from mmdet_gdino_lora.errors import ConfigError
-from mmdet_gdino_lora.files.download import check_url, fetch_url
+from mmdet_gdino_lora.files.download import check_url, fetch_url, is_out_of_reach
 from mmdet_gdino_lora.lora.store.base import fetch
 from tests.processes import in_new_processes
 
@@ -108,6 +108,16 @@ def test_a_file_is_fetched_once(server: Server, folder: Path) -> None:
         path = fetch(server.url('base.pth'))
     assert Path(path) == folder / 'base.pth' and Path(path).read_bytes() == CONTENT
     assert len(server.asked) == 1 and os.listdir(folder) == ['base.pth']
+
+
+def test_a_file_is_out_of_reach_where_it_is_neither_here_nor_there(
+    server: Server, folder: Path
+) -> None:
+    assert not is_out_of_reach(server.url('base.pth')) and not folder.exists()
+    assert is_out_of_reach('http://127.0.0.1:9/base.pth')
+    assert is_out_of_reach(server.url('leads-to-http'))
+    fetch_url(server.url('base.pth'))
+    assert not is_out_of_reach('http://127.0.0.1:9/base.pth')  # kept under its name
 
 
 @pytest.mark.parametrize('way', ['ranges', 'no ranges', 'changed'])

@@ -108,6 +108,17 @@ def test_a_hub_out_of_reach_is_tried_once(requests: list[str]) -> None:
     assert len(asked) == 1, asked
 
 
+def test_a_text_model_is_out_of_reach_where_it_is_neither_here_nor_on_the_hub(
+    requests: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not files.is_out_of_reach(str(folder)) and requests == []
+    assert files.is_out_of_reach('owner/model') and len(requests) == 1
+    monkeypatch.setattr(files, 'hub_is_out_of_reach', lambda: False)
+    assert not files.is_out_of_reach('owner/model')
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    assert files.is_out_of_reach('owner/model')
+
+
 def test_a_hub_that_answers_is_asked_by_whoever_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, 'hub_is_out_of_reach', lambda: False)
     assert text_model('owner/model', lambda name, **given: given) == {}

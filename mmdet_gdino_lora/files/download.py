@@ -118,7 +118,7 @@ def is_out_of_reach(source: str) -> bool:
     if os.path.isfile(_kept_at(source)):
         return False
     url = urldefrag(source).url
-    asked = Request(url, headers={'User-Agent': 'torch.hub'}, method='HEAD')
+    asked = Request(url, headers={'User-Agent': 'torch.hub'})  # whose answer nobody reads
     try:
         with _opener(url).open(asked, timeout=_PATIENCE):
             return False
