@@ -16,6 +16,7 @@ from typing import Callable, Optional
 #: Command: (file of mmdet_gdino_lora/commands/, what it does).
 COMMANDS = {
     'new-config': ('new_config', 'write a config for a folder of labelled photos'),
+    'check-dataset': ('check_dataset', "say what will go wrong with a config's data"),
     'train': ('train', 'train the adapters that a config describes'),
     'test': ('test', 'evaluate a checkpoint or an adapter'),
     'image-demo': ('image_demo', 'detect what a text names in an image, and draw the boxes'),

@@ -74,7 +74,7 @@ def test_a_tools_name_is_a_command() -> None:
 
 @pytest.mark.parametrize(
     'word, told',
-    [('trian', "did you mean 'train'?"), ('xyz', 'there are new-config, train, ')],
+    [('trian', "did you mean 'train'?"), ('xyz', 'there are new-config, check-dataset, ')],
 )
 def test_an_unknown_command_names_the_nearest(
     word: str, told: str, capsys: pytest.CaptureFixture

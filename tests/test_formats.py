@@ -281,7 +281,14 @@ MISTAKES = {
                     'a.xml. is no xml that can be read .*; export it anew'),
     'a nameless object': (changed(LAYOUTS['voc, apart'][0],
                                   Annotations_of_a__xml='<annotation><object/></annotation>'),
-                          'a.xml. holds a nameless one; .*export boxes'),
+                          'a.xml. holds an object without a name, .*; name it, or'),
+    'an object without a box': (
+        changed(
+            LAYOUTS['voc, apart'][0],
+            Annotations_of_a__xml='<annotation><object><name>nut</name></object></annotation>',
+        ),
+        "a.xml. holds an object 'nut' without a bndbox .*; export boxes",
+    ),
     'any of two photos': (ambiguous, 'could be of .one/a.jpg. or of .two/a.jpg.; give every'),
     'two jsons of one photo': (changed(LAYOUTS['coco, apart'][0], b__json=coco(THINGS)),
                                'both list .*; leave one of the two files'),

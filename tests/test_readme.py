@@ -84,6 +84,7 @@ COMMANDS: dict[str, Callable[[Things, str], None]] = {
     'gdino-lora --help': its_help,
     'gdino-lora train gdino_lora_coco': its_help,
     'gdino-lora new-config PHOTOS': of_photos,
+    'gdino-lora check-dataset my_things.py': ours,
     'gdino-lora train my_things.py': ours,
     'bash tools/dist_train.sh my_things.py 2': launcher,
     'gdino-lora test my_things.py work_dirs/my_things/epoch_12.pth': ours,

@@ -110,10 +110,10 @@ class Boxes:
         if not rows.any():
             return
         count = share(int(rows.sum()), total or len(rows), 'boxes')
-        yield Finding(f'{self.coco.where}: {count} {problem}; first: {self._named(rows)}', fatal)
+        named = tuple(map(self._named, np.flatnonzero(rows).tolist()))
+        yield Finding(f'{self.coco.where}: {count} {problem}; first: {named[0]}', fatal, named)
 
-    def _named(self, rows: np.ndarray) -> str:
-        place = int(np.flatnonzero(rows)[0])
+    def _named(self, place: int) -> str:
         entry: dict[str, Any] = self.coco.annotations[place]
         image = (
             f'image {self.coco.images[self.image[place]]["file_name"]}'
@@ -124,12 +124,13 @@ class Boxes:
         return f'{image}, annotation {entry["id"]!r}{bbox}'
 
 
-def check_annotations(boxes: Boxes, trains: bool) -> list[Finding]:
+def check_annotations(boxes: Boxes, trains: bool, thorough: bool = False) -> list[Finding]:
     """Finds boxes that are not as a person would have meant them.
 
     Args:
         boxes: Of a file.
         trains: Whether the data set is trained from; else it is measured on.
+        thorough: Whether the others are looked at where some can't be read.
 
     Returns:
         Findings: fatal where mmdet could not load the file, most boxes are surely written in
@@ -137,10 +138,12 @@ def check_annotations(boxes: Boxes, trains: bool) -> list[Finding]:
     """
     if not len(boxes.right):
         return _no_annotations(boxes.coco, trains)
-    return (
-        list(_unreadable(boxes))
-        or list(_other_formats(boxes))
-        or [*_nowhere(boxes, trains), *_dropped(boxes, trains)]
+    unreadable = list(_unreadable(boxes))
+    if unreadable and not thorough:
+        return unreadable
+    return unreadable + (
+        list(_other_formats(boxes))
+        or [*_nowhere(boxes, trains), *_dropped(boxes, trains), *_repeated(boxes, trains)]
     )
 
 
@@ -256,7 +259,7 @@ def _dropped(boxes: Boxes, trains: bool) -> Iterator[Finding]:
         if trains
         else 'hardly any detection can match them, so that they count as missed'
     )
-    kept = boxes.loaded & boxes.wanted
+    kept = boxes.loaded & boxes.wanted & boxes.right
     with np.errstate(invalid='ignore'):
         broken = ~np.isfinite(boxes.bbox).all(1)
         flat = (boxes.bbox[:, 2:] <= 0).any(1)
@@ -298,6 +301,26 @@ def _dropped(boxes: Boxes, trains: bool) -> Iterator[Finding]:
         kept & reaching,
         f'reach more than {_OUTSIDE:g} pixels out of their image, and what is outside is cut off '
         "where the pipeline resizes; correct them or the image's width and height",
+    )
+
+
+def _repeated(boxes: Boxes, trains: bool) -> Iterator[Finding]:
+    """Boxes of the numbers, class and image of an earlier one."""
+    kept = np.flatnonzero(boxes.loaded & boxes.wanted & np.isfinite(boxes.bbox).all(1))
+    places = {category['id']: place for place, category in enumerate(boxes.coco.categories)}
+    label = [places[boxes.coco.annotations[row]['category_id']] for row in kept.tolist()]
+    numbers = np.column_stack([boxes.image[kept], np.array(label, dtype=float), boxes.bbox[kept]])
+    order = np.lexsort(numbers.T)  # of the same numbers the first stays the first
+    same = (numbers[order[1:]] == numbers[order[:-1]]).all(1)
+    again = np.zeros(len(boxes.right), dtype=bool)
+    again[kept[order[1:][same]]] = True
+    fate = (
+        'each is matched to a query of its own, so that the model learns to find such things twice'
+        if trains
+        else 'one of each counts as missed unless a thing is found twice'
+    )
+    yield from boxes.finding(
+        again, f'are the same box of the same class once more, and {fate}; take the copies out'
     )
 
 

@@ -34,6 +34,38 @@ def check_classes(key: str, classes: Sequence[str], coco: CocoFile, trains: bool
     )
 
 
+def check_boxed(key: str, classes: Sequence[str], coco: CocoFile, trains: bool) -> list[Finding]:
+    """Finds classes that no box of the file has.
+
+    Args:
+        key: Where the data set stands in the config.
+        classes: Names that the data set will use.
+        coco: Its annotation file.
+        trains: Whether it is trained from.
+
+    Returns:
+        One finding or none.
+    """
+    names = {category['id']: category['name'] for category in coco.categories}
+    boxed = {names.get(annotation['category_id']) for annotation in coco.annotations}
+    without = [name for name in classes if name not in boxed]
+    if not without or len(without) == len(classes):  # of a file without boxes more is told
+        return []
+    fate = (
+        'captions of training name them as what is not there, so that the model unlearns them; '
+        'label some, or leave them out of metainfo.classes unless that is meant'
+        if trains
+        else 'no AP is measured of them; label some, to know what became of them'
+    )
+    which = f'{len(without)} of {len(classes)} classes ({some(without)})'
+    return [
+        Finding(
+            f'{key}.metainfo.classes: {which} have no box in {coco.path}, and {fate}',
+            cases=tuple(without),
+        )
+    ]
+
+
 def _no_names(key: str, classes: Sequence[str]) -> list[Finding]:
     wrong = [name for name in classes if not isinstance(name, str)]
     if wrong:

@@ -8,7 +8,7 @@ import gc
 import json
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Callable
 
 from mmdet_gdino_lora.checks.findings import Finding
 from mmdet_gdino_lora.checks.words import contents, share
@@ -133,20 +133,29 @@ def check_entries(coco: CocoFile) -> list[Finding]:
             )
         ]
     found = []
-    for part, entries, fields in (
-        (
-            'images',
-            coco.images,
-            dict(id=_is_id, file_name=_is_text, height=_is_size, width=_is_size),
-        ),
-        ('annotations', coco.annotations, dict(id=_is_id, image_id=_is_id, category_id=_is_id)),
-        ('categories', coco.categories, dict(id=_is_id)),
-    ):
+    for part, fields in _FIELDS.items():
+        entries = getattr(coco, part)
         for name, is_right in fields.items():
             wrong = [entry for entry in entries if not is_right(entry.get(name))]
             if wrong:
                 found.append(_without(coco.where, part, len(entries), name, wrong))
     return found or _twice(coco)
+
+
+def usable(coco: CocoFile) -> CocoFile:
+    """Leaves out entries without the fields that mmdet reads.
+
+    Args:
+        coco: The file.
+
+    Returns:
+        The same where :func:`check_entries` finds none.
+    """
+    kept: Any = {
+        part: [e for e in getattr(coco, part) if all(f(e.get(name)) for name, f in fields.items())]
+        for part, fields in _FIELDS.items()
+    }
+    return dataclasses.replace(coco, **kept)
 
 
 def _without(
@@ -215,3 +224,11 @@ def _is_text(value: Any) -> bool:
 
 def _is_size(value: Any) -> bool:
     return type(value) in (int, float) and value > 0
+
+
+_FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = dict(
+    images=dict(id=_is_id, file_name=_is_text, height=_is_size, width=_is_size),
+    annotations=dict(id=_is_id, image_id=_is_id, category_id=_is_id),
+    categories=dict(id=_is_id),
+)
+"""What mmdet reads of each entry."""

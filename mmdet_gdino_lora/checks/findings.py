@@ -20,10 +20,12 @@ class Finding:
         sentence: It names the file or the config key, what was found there, and the remedy.
         fatal: Whether nothing would be left to learn from, or something else would be learned than
             was meant. What is not fatal is told, and the run goes on.
+        cases: Files or entries that it is of, where the sentence names the first alone.
     """
 
     sentence: str
     fatal: bool = False
+    cases: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
 
 def tell(findings: Iterable[Finding], logger: Optional[MMLogger] = None) -> None:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any, Optional
 
 import cv2
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from mmdet_gdino_lora.checks.findings import Finding
 from mmdet_gdino_lora.checks.words import share
@@ -31,6 +34,8 @@ _Size = tuple[str, tuple[int, int], tuple[int, int]]
 _ORIENTATION = 0x0112
 #: EXIF orientations that turn width into height.
 _TURNED = (5, 6, 7, 8)
+#: Those that don't.
+_MOVED = (2, 3, 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +49,9 @@ class Seen:
         size: Width and height in the header; None where the header is unknown to Pillow.
         turned: Whether OpenCV exchanges width and height for EXIF's orientation.
         sixteen_bits: Whether it has 16 bits per channel.
+        moved: Whether OpenCV mirrors it, or turns it upside down, for EXIF's orientation.
+        cmyk: Whether its colours are those of print.
+        clear: Whether it has transparent places.
     """
 
     path: str
@@ -52,10 +60,17 @@ class Seen:
     size: Optional[tuple[int, int]] = None
     turned: bool = False
     sixteen_bits: bool = False
+    moved: bool = False
+    cmyk: bool = False
+    clear: bool = False
 
 
 def check_images(
-    where: str, folder: str, images: Sequence[Mapping[str, Any]], tolerant: bool = False
+    where: str,
+    folder: str,
+    images: Sequence[Mapping[str, Any]],
+    tolerant: bool = False,
+    shown: bool = False,
 ) -> list[Finding]:
     """Finds images that are missing, can't be read whole, or are of another size than listed.
 
@@ -64,6 +79,7 @@ def check_images(
         folder: Where the images are.
         images: The file's entries of those that will be read.
         tolerant: Whether the pipeline passes over images that can't be read.
+        shown: Whether a bar shows how far it is, where somebody sees it.
 
     Returns:
         Findings. Fatal are files that OpenCV can't read (unless the pipeline is tolerant), and
@@ -71,10 +87,12 @@ def check_images(
     """
     paths = [os.path.join(folder, image['file_name']) for image in images]
     with _quiet(), ThreadPoolExecutor(_THREADS) as pool:
-        seen = list(pool.map(look, paths))
+        seen = list(
+            tqdm(pool.map(look, paths), 'images', len(paths), disable=None if shown else True)
+        )
     return [
         *_unusable(where, seen, tolerant),
-        *_sixteen_bits(where, seen),
+        *_changed(where, seen),
         *_sizes(where, images, seen),
     ]
 
@@ -127,12 +145,42 @@ def look(path: str) -> Seen:
 
 def _header(path: str, image: Image.Image, head: bytes) -> Seen:
     is_png = head.startswith(b'\x89PNG')
+    orientation = image.getexif().get(_ORIENTATION, 1)
+    obeyed = orientation != 1 and _is_turned_by_opencv(image.format or '')
     return Seen(
         path,
         size=image.size,
-        turned=image.format == 'JPEG' and image.getexif().get(_ORIENTATION) in _TURNED,
+        turned=obeyed and orientation in _TURNED and image.format != 'TIFF',  # Pillow turns these
         sixteen_bits=head[24] == 16 if is_png else image.mode.startswith('I;16'),
+        moved=obeyed and orientation in _MOVED,
+        cmyk=image.mode == 'CMYK',
+        clear=_is_clear(image),
     )
+
+
+def _is_clear(image: Image.Image) -> bool:
+    """Whether a pixel is transparent: programs write alpha channels that say nothing, too."""
+    if 'transparency' not in image.info and image.mode not in ('RGBA', 'LA', 'PA'):
+        return False
+    return bool(np.asarray(image.convert('RGBA'))[..., 3].min() < 255)
+
+
+@cache
+def _is_turned_by_opencv(kind: str) -> bool:
+    """Whether OpenCV obeys the EXIF orientation of a format: of JPEG's always, else newer ones do.
+
+    Args:
+        kind: Pillow's name of it.
+    """
+    exif = Image.Exif()
+    exif[_ORIENTATION] = 6
+    file = io.BytesIO()
+    try:
+        Image.new('RGB', (2, 1)).save(file, kind, exif=exif)
+        pixels = cv2.imdecode(np.frombuffer(file.getvalue(), np.uint8), cv2.IMREAD_COLOR)
+    except (OSError, KeyError, ValueError, cv2.error):  # formats that one of the two can't write
+        return False
+    return pixels is not None and pixels.shape[:2] == (2, 1)
 
 
 def _is_whole(head: bytes, end: bytes, length: int) -> bool:
@@ -184,23 +232,47 @@ def _unusable(where: str, seen: Sequence[Seen], tolerant: bool) -> Iterator[Find
             f'({reasons.replace(" is ", " ")}); fetch them anew, correct data_prefix.img, or take '
             f'them out of the file; first: {broken[0].path}, which {broken[0].broken}',
             fatal=not tolerant or len(broken) == len(seen),
+            cases=tuple(f'{image.path}, which {image.broken}' for image in broken),
         )
     cut = [image for image in seen if image.cut_short]
     if cut:
         yield Finding(
             f'{where}: {share(len(cut), len(seen), "images")} end early, and OpenCV fills in what '
-            f'is missing; fetch them anew; first: {cut[0].path}'
+            f'is missing; fetch them anew; first: {cut[0].path}',
+            cases=tuple(image.path for image in cut),
         )
 
 
-def _sixteen_bits(where: str, seen: Sequence[Seen]) -> Iterator[Finding]:
-    deep = [image for image in seen if image.sixteen_bits]
-    if deep:
-        yield Finding(
-            f'{where}: {share(len(deep), len(seen), "images")} have 16 bits per channel, and the '
-            'loader keeps the upper 8, so that images of 12 bits come out nearly black; convert '
-            f'them to 8 bits over the range that they use; first: {deep[0].path}'
-        )
+def _changed(where: str, seen: Sequence[Seen]) -> Iterator[Finding]:
+    """Images that the loader makes something else of, by what they are."""
+
+    def finding(kind: str, problem: str) -> Iterator[Finding]:
+        paths = tuple(image.path for image in seen if getattr(image, kind))
+        if paths:
+            count = share(len(paths), len(seen), 'images')
+            yield Finding(f'{where}: {count} {problem}; first: {paths[0]}', cases=paths)
+
+    yield from finding(
+        'sixteen_bits',
+        'have 16 bits per channel, and the loader keeps the upper 8, so that images of 12 bits '
+        'come out nearly black; convert them to 8 bits over the range that they use',
+    )
+    yield from finding(
+        'moved',
+        'are mirrored or upside down until they are loaded (their EXIF orientation), and their '
+        'boxes are right only if the label tool showed them as viewers do; look at some, or turn '
+        'the pixels, drop the EXIF orientation and label those',
+    )
+    yield from finding(
+        'cmyk',
+        'are CMYK, and the loader makes RGB of them without their colour profile, so that colours '
+        'differ from what a viewer shows; convert them to RGB',
+    )
+    yield from finding(
+        'clear',
+        'have transparent places, and the loader drops the transparency, so that the colours below '
+        'it show, often black; put them on the ground that they are seen on',
+    )
 
 
 def _sizes(
@@ -228,6 +300,7 @@ def _sizes(
             'of the image before it is turned; turn the pixels and drop the EXIF orientation, or '
             f'annotate the images as they are shown; {_first(*turned[0])}',
             fatal=len(turned) >= half,
+            cases=tuple(image[0] for image in turned),
         )
     if swapped:
         yield Finding(
@@ -235,6 +308,7 @@ def _sizes(
             'in the file, by which mmdet drops boxes outside; exchange them in the file; '
             f'{_first(*swapped[0])}',
             fatal=len(swapped) >= half,
+            cases=tuple(image[0] for image in swapped),
         )
     if other:
         yield Finding(
@@ -242,6 +316,7 @@ def _sizes(
             'says, so boxes do not lie where the objects are, or are dropped as outside; use the '
             f'images that were annotated, or correct the sizes; {_first(*other[0])}',
             fatal=len(other) >= half,
+            cases=tuple(image[0] for image in other),
         )
 
 

@@ -19,6 +19,7 @@ from mmdet_gdino_lora.commands.common import (
     add_overwrite,
     config_file,
     read_arguments,
+    read_config,
     refuse_overwriting,
     typed,
 )
@@ -42,6 +43,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """
     args = read_arguments(own_parser(), argv)
 
+    from mmdet_gdino_lora.commands.check_dataset import print_findings
+    from mmdet_gdino_lora.engine.survey import survey
     from mmdet_gdino_lora.formats.config import config_text, need_words
     from mmdet_gdino_lora.formats.recognise import read_photos
 
@@ -58,13 +61,15 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     _write(splits, files)
     _write_text(out, config_text(plan))
     _report(splits, seen, names, unused, prompts)
-    print(f'\nwritten: {args.out}, and the labels as COCO in {out.with_suffix("")}{os.sep}')
+    print(f'\nwritten: {args.out}, and the labels as COCO in {out.with_suffix("")}{os.sep}\n')
     if reason:
         print(
-            f'\n{reason}, so this config stands on the small base of drawn shapes that comes with '
+            f'{reason}, so this config stands on the small base of drawn shapes that comes with '
             'this package: good to try things out, and far from what a published base reaches; '
-            'where you have a copy of that base, name it with --base FILE'
+            'where you have a copy of that base, name it with --base FILE\n'
         )
+    print(f'checked, as {typed("check-dataset")} {args.out} does:')
+    print_findings(survey(read_config(str(out))), shown=1)
     _next(args.out, plan)
 
 

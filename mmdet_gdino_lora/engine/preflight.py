@@ -62,10 +62,10 @@ def check_config(cfg: Mapping[str, Any], stages: Sequence[str] = ('train', 'val'
             prompts = prompts_of(dataset)
             taught = prompts if stage == 'train' or 'train' not in stages else _taught(cfg)
             if (prompts or taught) and _is_coco(dataset):
-                tell(check_prompts(key, prompts, _config_classes(key, dataset), taught))
+                tell(check_prompts(key, prompts, config_classes(key, dataset), taught))
             check_dataset(key, dataset, cfg.get('model') or {})
             if stage == 'train' and _is_coco(dataset):
-                _check_retain(cfg, key, asked_for(dataset, _config_classes(key, dataset)))
+                _check_retain(cfg, key, asked_for(dataset, config_classes(key, dataset)))
         for key, metric in metrics_of(f'{stage}_evaluator', cfg.get(f'{stage}_evaluator')):
             if metric.get('ann_file'):
                 _need_file(f'{key}.ann_file', metric['ann_file'])
@@ -131,6 +131,24 @@ def check_dataset(key: str, dataset: Mapping[str, Any], model: Mapping[str, Any]
     Raises:
         ConfigError: See :func:`check_config`.
     """
+    if is_looked_at(key, dataset):
+        classes = config_classes(key, dataset)
+        tell(check_coco(key, dataset, classes, model, trains=key.startswith('train_')))
+
+
+def is_looked_at(key: str, dataset: Mapping[str, Any]) -> bool:
+    """Checks that a data set's files are there, and tells whether what they hold can be looked at.
+
+    Args:
+        key: Where it stands in the config.
+        dataset: Its config.
+
+    Returns:
+        True for COCO's format on this machine.
+
+    Raises:
+        ConfigError: See :func:`check_config`.
+    """
     root = dataset.get('data_root') or ''
     if root and not _is_remote(root) and not os.path.isdir(root):
         raise ConfigError(
@@ -153,16 +171,13 @@ def check_dataset(key: str, dataset: Mapping[str, Any], model: Mapping[str, Any]
                 'it to the folder of the images, relative to data_root'
             )
     if not _is_coco(dataset):
-        return
+        return False
     if not dataset.get('return_classes'):
         raise ConfigError(
             f'{key}.return_classes is not True: the class names, which Grounding DINO is prompted '
             'with, would not reach the model; set return_classes=True'
         )
-    path = os.path.join(root, dataset['ann_file'])
-    if not _is_remote(path):
-        classes = _config_classes(key, dataset)
-        tell(check_coco(key, dataset, classes, model, trains=key.startswith('train_')))
+    return not _is_remote(os.path.join(root, dataset['ann_file']))
 
 
 @HOOKS.register_module()
@@ -222,8 +237,19 @@ def _is_coco(dataset: Mapping[str, Any]) -> bool:
     return cls.load_data_list is CocoDataset.load_data_list  # type: ignore[attr-defined]
 
 
-def _config_classes(key: str, dataset: Mapping[str, Any]) -> Sequence[str]:
-    """The names that the data set will use: the config's, else those written in its class."""
+def config_classes(key: str, dataset: Mapping[str, Any]) -> Sequence[str]:
+    """The names that a data set will use: the config's, else those written in its class.
+
+    Args:
+        key: Where it stands in the config.
+        dataset: Its config.
+
+    Returns:
+        Class names.
+
+    Raises:
+        ConfigError: A name stands where a list of them is wanted.
+    """
     classes = (dataset.get('metainfo') or {}).get('classes')
     if classes is None:
         return _class_of(dataset).METAINFO['classes']

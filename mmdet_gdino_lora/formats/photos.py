@@ -8,11 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
-from PIL import Image
-
-_ORIENTATION = 0x0112
-#: EXIF orientations that turn width into height.
-_TURNED = (5, 6, 7, 8)
+from mmdet_gdino_lora.checks.images import look
 
 
 @dataclasses.dataclass
@@ -98,13 +94,8 @@ def shown_size(path: Path) -> Optional[tuple[int, int]]:
     Returns:
         Pixels; None for a file that is no image.
     """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(_ORIENTATION) in _TURNED
-    except Exception:  # Pillow's decoders raise whatever a damaged file leads them to
-        return None
-    return (height, width) if turned else (width, height)
+    seen = look(str(path))
+    return seen.size[::-1] if seen.size and seen.turned else seen.size
 
 
 def listed_size(entry: Mapping[str, Any], path: Path) -> tuple[Any, Any]:

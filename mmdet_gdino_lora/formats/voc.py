@@ -106,11 +106,15 @@ def _box(path: Path, entry: ElementTree.Element) -> Box:
         ]
     except ValueError:
         corners = []
-    if not name or not corners:
-        what = f'an object {name!r} without a bndbox of four numbers' if name else 'a nameless one'
+    if not name:
         raise ConfigError(
-            f'{str(path)!r} holds {what}; an object has name and bndbox (xmin, ymin, xmax, ymax): '
-            'export boxes, or take it out'
+            f'{str(path)!r} holds an object without a name, of which the caption is made; name it, '
+            'or take it out'
+        )
+    if not corners:
+        raise ConfigError(
+            f'{str(path)!r} holds an object {name!r} without a bndbox of four numbers (xmin, ymin, '
+            'xmax, ymax); export boxes, or take it out'
         )
     left, top, right, bottom = corners
     difficult = (entry.findtext('difficult') or '0').strip() == '1'
