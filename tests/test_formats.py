@@ -264,7 +264,10 @@ def ambiguous(root: Path) -> Path:
 
 MISTAKES = {
     'no such folder': (lambda root: root / 'gone', 'gone.: no such folder; give the folder that'),
-    'no images': (lambda root: write(root, {'a.xml': '<a/>'}), 'holds no images .*; give the'),
+    'no images': (
+        lambda root: write(root, {'a.xml': '<a/>'}),
+        r'holds no images .* but 1 \.xml file; give the',
+    ),
     'no labels': (no_labels, r'holds 7 images and no labels in a format .*7 \.jpg files.*; export'),
     'no boxes': (no_boxes, r"7 images and not one labelled box in its Pascal VOC files \('a.xml'"),
     'two formats': (two_formats, r'in 2 formats, Pascal VOC \(.*\) and YOLO \(.*--format yolo'),

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Optional
 
+from mmdet_gdino_lora.checks.words import contents
 from mmdet_gdino_lora.errors import ConfigError
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
@@ -40,8 +41,9 @@ class Folder:
         self.images = self.ending(*IMAGES)
         if not self.images:
             raise ConfigError(
-                f'{str(root)!r} holds no images ({", ".join(IMAGES)}); give the folder that holds '
-                'the photos and their labels'
+                f'{str(root)!r} holds no images ({", ".join(IMAGES)}) but {contents(str(root))}; '
+                'give the folder that holds the photos and their labels, or save them as one of '
+                'these'
             )
         self._by_stem: dict[str, list[Path]] = defaultdict(list)
         self._by_name: dict[str, list[Path]] = defaultdict(list)
@@ -120,7 +122,7 @@ class Folder:
         if len(found) < 2:
             return found[0] if found else None
         here = [path for path in found if path.parent == labels.parent]
-        likeness = [self._likeness(labels, path) for path in found]
+        likeness = [(self._likeness(labels, path), _is_among_images(path)) for path in found]
         best = here or [path for path, like in zip(found, likeness) if like == max(likeness)]
         if len(best) > 1:
             raise ConfigError(
@@ -154,3 +156,8 @@ class Folder:
                 if word in _SPLITS:
                     return _SPLITS[word]
         return None
+
+
+def _is_among_images(path: Path) -> bool:
+    """Whether a folder is called so: beside it may lie masks of the same names."""
+    return any(part.lower() in ('images', 'jpegimages') for part in path.parts[:-1])
