@@ -13,7 +13,7 @@ from mmdet_gdino_lora.shipped import SCOPE
 #: Photos to train from up to which the config for few images is inherited.
 FEW = 1000
 #: Images per step of the drawn shapes' config, steps of a run from them, and most epochs.
-_BATCH, _STEPS, _MOST_EPOCHS = 8, 600, 100
+_BATCH, _STEPS, _MOST_EPOCHS = 8, 300, 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _pipelines(plan: Plan) -> str:
         steps.append('TokenSpans=dict(prompts=prompts)')
     if plan.is_drawn:
         code += '# A larger scale is slower and finds smaller things.\n'
-        steps.append('Resize=dict(scale=(256, 256))')
+        steps.append('Resize=dict(scale=(192, 192))')
     if not (steps or plan.samples):
         return ''
     code += f'changes = dict({", ".join(steps)})\n'
