@@ -20,6 +20,7 @@ COMMANDS = {
     'train': ('train', 'train the adapters that a config describes'),
     'test': ('test', 'evaluate a checkpoint or an adapter'),
     'image-demo': ('image_demo', 'detect what a text names in an image, and draw the boxes'),
+    'label': ('label', 'label more photos with a tuned detector'),
     'demo': ('demo', 'watch a small model learn new objects, on a CPU, in minutes'),
     'export': ('export_adapter', "write a run's adapter in PEFT's own format"),
     'export-onnx': ('export_onnx', 'write a tuned detector as an ONNX file'),

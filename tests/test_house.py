@@ -88,6 +88,7 @@ MAY_IMPORT = {
         'transformer',
     },
     'export': {'engine', 'errors', 'layers', 'text', 'transformer'},
+    'labelling': {'checks', 'engine', 'errors'},
     # People's: nobody imports from there.
     'commands': {
         'checks',
@@ -97,6 +98,7 @@ MAY_IMPORT = {
         'export',
         'files',
         'formats',
+        'labelling',
         'lora',
         'shipped',
         'start',

@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -213,6 +214,7 @@ class Things:
         self.folder = folder
         write_data(folder / 'data/my_things', ('wheel bolt', 'cracked tile'), ('train', 'val'))
         cv2.imwrite(str(folder / 'photo.jpg'), cv2.imread(f'{folder}/data/my_things/val/0.jpg'))
+        shutil.copytree(folder / 'data/my_things/val', folder / 'photos')
         (folder / 'written').mkdir()
         (folder / 'written/configs').symlink_to(ROOT / 'configs')
         (folder / 'written/my_things.py').write_text(block('# my_things.py'))

@@ -111,10 +111,15 @@ def _unreadable(dataset: Any, index: Any, error: Exception) -> Optional[str]:
     named = [getattr(error, 'filename', None), str(error).partition('failed to load image: ')[2]]
     with contextlib.suppress(Exception):  # without it, what the error names has to do
         named.append(dataset.get_data_info(index).get('img_path'))
-    return next((str(path) for path in named if path and not _can_be_read(str(path))), None)
+    return next((str(path) for path in named if path and not can_be_read(str(path))), None)
 
 
-def _can_be_read(path: str) -> bool:
+def can_be_read(path: str) -> bool:
+    """Tells whether a file is an image that mmcv decodes.
+
+    Args:
+        path: Of the file.
+    """
     try:
         return mmcv.imfrombytes(get(path)) is not None
     except Exception:
