@@ -27,9 +27,9 @@ SUREST, LEAST = 0.5, 10
 #: Share of the surest that is taken to be wrong: it can't be counted.
 WRONG = 0.01
 #: Standard errors by which the precision is taken lower than it is counted. Where boxes are few
-#: the lowest threshold that seems good enough is so by luck: in simulations with half of 100 to
-#: 1,000 things labelled, this brings the precision of what is added to 0.95 and above.
-CAUTION = 0.5
+#: the lowest threshold that seems good enough is so by luck. At half an error, 409 boxes added to
+#: 300 images of shapes (half of 12 classes' 1,178 labels removed) were right in 89 % of cases.
+CAUTION = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
