@@ -26,6 +26,7 @@ COMMANDS = {
     'export-onnx': ('export_onnx', 'write a tuned detector as an ONNX file'),
     'merge': ('merge_adapter', 'fold an adapter into its base'),
     'sweep': ('sweep_scale', 'measure an adapter at several strengths'),
+    'report': ('report', 'write a page about a run: curves, AP, thresholds, pictures, mistakes'),
     'shrink': ('shrink_checkpoint', "write a checkpoint's weights in half precision"),
     'replay': ('replay', 'go through a training step again that was NaN or infinite'),
 }

@@ -17,7 +17,14 @@ setup(
     py_modules=['gdino_lora'],
     packages=find_packages(include=['mmdet_gdino_lora', 'mmdet_gdino_lora.*']),
     # .mim is where mmengine looks for a package's configs; here it links to configs/ and assets/.
-    package_data={'mmdet_gdino_lora': ['.mim/*.yml', '.mim/configs/*', '.mim/assets/shapes/**/*']},
+    package_data={
+        'mmdet_gdino_lora': [
+            '.mim/*.yml',
+            '.mim/configs/*',
+            '.mim/assets/shapes/**/*',
+            'report/*.html',
+        ]
+    },
     entry_points={'console_scripts': ['gdino-lora = gdino_lora:main']},
     extras_require={'onnx': ['onnx>=1.23', 'onnxruntime>=1.32', 'onnxscript>=0.7']},
     install_requires=[
@@ -28,5 +35,6 @@ setup(
         'numpy>=1.23.5',
         'cachetools>=5',
         'packaging',
+        'jinja2>=3',
     ],
 )

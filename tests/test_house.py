@@ -89,6 +89,7 @@ MAY_IMPORT = {
     },
     'export': {'engine', 'errors', 'layers', 'text', 'transformer'},
     'labelling': {'checks', 'engine', 'errors'},
+    'report': {'errors'},
     # People's: nobody imports from there.
     'commands': {
         'checks',
@@ -100,6 +101,7 @@ MAY_IMPORT = {
         'formats',
         'labelling',
         'lora',
+        'report',
         'shipped',
         'start',
         'text',

@@ -34,6 +34,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     from mmdet_gdino_lora.checks.findings import tell
     from mmdet_gdino_lora.checks.names import check_texts
     from mmdet_gdino_lora.commands.drawing import draw_boxes
+    from mmdet_gdino_lora.commands.thresholds import lowest_scores
     from mmdet_gdino_lora.text import split_names
 
     names = split_names(args.texts)
@@ -48,11 +49,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if image is None:
         raise ConfigError(f'image {args.image!r} is not an image that OpenCV can read')
 
+    least = lowest_scores(args.thresholds, names, args.score_thr)
     detector, pipeline = load(config_file(config), args.checkpoint, args.device)
     if args.adapter:
         switch(detector, args.adapter)
     found = detect(detector, pipeline, args.image, names)
-    found = found[found.scores >= args.score_thr]
+    found = found[found.scores >= found.scores.new_tensor(least)[found.labels]]
     boxes = found.bboxes.cpu().numpy()
     scores = found.scores.tolist()
     labels = found.labels.tolist()
@@ -80,6 +82,9 @@ def own_parser() -> argparse.ArgumentParser:
     arguments.add_argument('--texts', required=True, help='names, separated by " . "')
     arguments.add_argument('--out', help='picture to write; default: outputs/<name of the image>')
     arguments.add_argument('--score-thr', type=float, default=0.3, help='lowest score shown')
+    arguments.add_argument(
+        '--thresholds', help="a report's thresholds.json: the lowest score of each class in it"
+    )
     arguments.add_argument('--device', help='default: cuda where there is one, else cpu')
     arguments.add_argument(
         '--adapter',

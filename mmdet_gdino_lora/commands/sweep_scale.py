@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Optional
 
 from mmdet_gdino_lora.commands.common import (
@@ -44,24 +44,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     add_cfg_options(arguments)
     args = read_arguments(arguments, argv)
 
-    from mmdet_gdino_lora.lora.store.merge import merged_weights
-
     if not all(0 <= scale <= 1 for scale in args.scales):
         raise ConfigError(f'--scales {args.scales}: give numbers between 0 and 1')
-    detector, _ = load_tuned(args.config, args.adapter, args.cfg_options)
     configs = {'new': args.config}
     if args.old_config:
         configs['old'] = args.old_config
-    runners = {
-        side: plain_runner(config, os.path.join(args.out, side), args.cfg_options)
-        for side, config in configs.items()
-    }
     rows = []
-    for scale in sorted(set(args.scales)):
-        weights = merged_weights(detector, scale)
-        row = {'scale': scale}
-        for side, runner in runners.items():
-            row[side] = measure(runner, weights, args.metric)
+    for row in sweep(configs, args.adapter, args.scales, args.out, args.cfg_options, args.metric):
         rows.append(row)
         print(table(rows), flush=True)
         os.makedirs(args.out, exist_ok=True)
@@ -69,6 +58,41 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             json.dump(rows, file, indent=2)
     draw(rows, os.path.join(args.out, 'sweep.png'))
     print(f'written: {args.out}/sweep.json and sweep.png')
+
+
+def sweep(
+    configs: Mapping[str, str],
+    adapter: str,
+    scales: Sequence[float],
+    out: str,
+    options: dict | None = None,
+    metric: str | None = None,
+) -> Iterator[dict[str, float]]:
+    """Tests the base and the adapter mixed at every scale.
+
+    Args:
+        configs: ``new``, the config that the adapter was trained with, and whatever else is
+            tested; each on its test set.
+        adapter: Checkpoint of a training run.
+        scales: Between 0, the base, and 1.
+        out: Folder for logs.
+        options: ``--cfg-options``.
+        metric: As for :func:`measure`.
+
+    Yields:
+        For each scale, ``scale`` and the metric of each config by its name.
+    """
+    from mmdet_gdino_lora.lora.store.merge import merged_weights
+
+    detector, _ = load_tuned(configs['new'], adapter, options)
+    runners = {
+        side: plain_runner(config, os.path.join(out, side), options)
+        for side, config in configs.items()
+    }
+    for scale in sorted(set(scales)):
+        weights = merged_weights(detector, scale)
+        measured = {side: measure(runner, weights, metric) for side, runner in runners.items()}
+        yield dict(scale=scale, **measured)
 
 
 def plain_runner(config: str, work_dir: str, options: dict | None = None) -> Runner:

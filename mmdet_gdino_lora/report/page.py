@@ -1,0 +1,161 @@
+"""The page: one file without a reference to anything outside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from mmdet_gdino_lora.report.charts import chart
+from mmdet_gdino_lora.report.collect import Points, Run, curves
+from mmdet_gdino_lora.report.measure import OTHERWISE, OVERLAP, Measurement
+
+#: Most classes that the confusion table has rows for.
+MOST_ROWS = 30
+#: Losses of the decoder's last layer, by this project's names and by mmdet's.
+LAST_LAYER = r'loss_(ce|cls|bbox|giou|iou)'
+#: Metrics between 0 and 1 that say how good detection is over all sizes.
+METRICS = r'(?!.*_[sml]$)(?!.*loss).*(AP|precision|acc|recall|f1).*'
+
+
+def charts(run: Run, by_epoch: bool) -> list[Markup]:
+    """Draws what a run has logged.
+
+    Args:
+        run: Of :func:`~.collect.read_run`.
+        by_epoch: Whether validations are numbered by epochs, else by iterations.
+
+    Returns:
+        Figures; fewer where less was logged.
+    """
+    iterations, validations = 'iteration', 'epoch' if by_epoch else 'iteration'
+    drawn = [
+        ('Loss in training', curves(run.training, 'loss'), iterations, False),
+        ('Its parts, last decoder layer', curves(run.training, LAST_LAYER), iterations, False),
+        ('Loss of what must survive', curves(run.training, 'loss_retain.*'), iterations, False),
+        ('Validation', curves(run.validation, METRICS), validations, True),
+        ('Loss in validation', curves(run.validation, 'val_loss'), validations, True),
+        ('Learning rate', curves(run.training, 'lr'), iterations, False),
+    ]
+    return [chart(title, lines, across, dots) for title, lines, across, dots in drawn if lines]
+
+
+def commands(run: Run, names: Sequence[str], thresholds: str, known: Sequence[str]) -> list[tuple]:
+    """Writes the commands that come next, with the run's paths.
+
+    Args:
+        run: Of :func:`~.collect.read_run`.
+        names: Of the classes.
+        thresholds: Path of ``thresholds.json``.
+        known: Commands that there are.
+
+    Returns:
+        What for, and the command line.
+    """
+    both = ['gdino-lora', '{}', run.config, run.checkpoint]
+    stem = os.path.join(run.folder, 'tuned')
+    lines = [
+        ('Measure it on the test set', 'test', []),
+        (
+            'Detect in a photo of yours',
+            'image-demo',
+            ['photo.jpg', '--texts', ' . '.join(names), '--thresholds', thresholds],
+        ),
+        ('Label more photos with it', 'label', ['PHOTOS']),
+        ("Write the adapter in PEFT's format", 'export', [f'{stem}_adapter']),
+        ('Fold it into the base, for stock mmdet', 'merge', [f'{stem}.pth']),
+        ('Measure it at several strengths', 'sweep', []),
+    ]
+    return [
+        (told, shlex.join([*both[:1], command, *both[2:], *more]))
+        for told, command, more in lines
+        if command in known
+    ]
+
+
+def confusion(table: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """Chooses the rows and columns of the confusion table.
+
+    Args:
+        table: Of :meth:`~.measure.Measurement.confusion`.
+        names: Of the classes.
+
+    Returns:
+        ``names``, ``rows`` and how many classes are left out: those with the fewest mistakes.
+    """
+    mistakes = table.sum(0)[:-1] + table.sum(1)[:-1] - 2 * table.diagonal()[:-1]
+    shown = np.sort(np.argsort(-mistakes, kind='stable')[:MOST_ROWS])
+    places = [*shown, len(names)]
+    titles = [*(names[label] for label in shown), 'invented']
+    rows = [
+        (title, [(int(table[row, column]), row == column) for column in places])
+        for title, row in zip(titles, places)
+    ]
+    rows[-1][1].pop()  # neither there nor found
+    return dict(names=titles[:-1], rows=rows, left_out=len(names) - len(shown))
+
+
+def scales(rows: Sequence[Mapping[str, float]]) -> Optional[Markup]:
+    """Draws AP over the adapter's scale.
+
+    Args:
+        rows: ``scale``, ``new`` and, where it was measured, ``old``; empty: nothing was.
+
+    Returns:
+        A figure; None without rows.
+    """
+    sides = dict(new='the new task', old='what the base knew')
+    lines: dict[str, Points] = {
+        told: [(row['scale'], row[side]) for row in rows]
+        for side, told in sides.items()
+        if rows and side in rows[0]
+    }
+    return chart("Over the adapter's strength", lines, 'scale', True) if lines else None
+
+
+def write(path: str, measurement: Measurement, **parts: Any) -> None:
+    """Writes the page.
+
+    Args:
+        path: File to write.
+        measurement: Of the validation set.
+        **parts: What else ``page.html`` shows. Everything that isn't ``Markup`` is escaped.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(os.path.dirname(__file__)),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters['number'] = lambda x, digits=3: '-' if x is None else f'{x:.{digits}f}'
+    html = environment.get_template('page.html').render(
+        measurement=measurement, overlap=OVERLAP, otherwise=OTHERWISE, **parts
+    )
+    with open(path, 'w', encoding='utf-8') as file:
+        file.write(html)
+
+
+def write_thresholds(path: str, measurement: Measurement) -> None:
+    """Writes each class's threshold, null where validation can't say.
+
+    Args:
+        path: File to write, JSON.
+        measurement: Of the validation set.
+    """
+    found = {c.name: c.threshold and c.threshold.score for c in measurement.classes}
+    with open(path, 'w', encoding='utf-8') as file:
+        json.dump(found, file, indent=2, ensure_ascii=False)
+        file.write('\n')
+
+
+def title(run: Run) -> str:
+    """What the page is called: the name of the run's folder."""
+    return re.sub(r'[/\\]+$', '', run.folder).replace('\\', '/').rpartition('/')[2] or run.folder
