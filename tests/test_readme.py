@@ -91,6 +91,7 @@ COMMANDS: dict[str, Callable[[Things, str], None]] = {
     'gdino-lora image-demo my_things.py work_dirs/my_things/epoch_12.pth photo.jpg'
     ' --texts "wheel bolt . cracked tile"': ours,
     'gdino-lora label my_things.py work_dirs/my_things/epoch_12.pth photos/ -o more.json': ours,
+    'gdino-lora report work_dirs/my_things': ours,
     'gdino-lora export my_things.py CHECKPOINT adapter/': ours,
     'gdino-lora merge my_things.py CHECKPOINT out.pth --scale 0.5': ours,
     'gdino-lora export-onnx my_things.py CHECKPOINT out.onnx': its_help,

@@ -164,7 +164,8 @@ def training_set(
         return (line, f'could not be read: {error}'), None
     images, boxes = count(dataset)
     same = tuple(dataset.metainfo.get('classes') or ()) == tuple(names)
-    return (line, f'{images:,} images, {boxes.sum():,} boxes'), boxes.tolist() if same else None
+    told = f'{images:,} images, {boxes.sum():,} boxes ({getattr(dataset, "ann_file", "")})'
+    return (line, told), boxes.tolist() if same else None
 
 
 def about_data(dataset: Any, names: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -85,7 +85,8 @@ def _ticks(values: Sequence[float]) -> list[float]:
     low, high = min(values), max(values)
     if low == high:
         high = low + (abs(low) or 1.0)
-    return [float(tick) for tick in MaxNLocator(5).tick_values(low, high)]
+    whole = all(float(value).is_integer() for value in values)
+    return [float(tick) for tick in MaxNLocator(5, integer=whole).tick_values(low, high)]
 
 
 def _n(value: float) -> str:
