@@ -35,6 +35,5 @@ setup(
         'numpy>=1.23.5',
         'cachetools>=5',
         'packaging',
-        'jinja2>=3',
     ],
 )

@@ -386,18 +386,28 @@ def test_a_folder_that_is_no_runs_is_told(tmp_path: Path) -> None:
     assert read_run(str(run)).checkpoint == str(run / 'best_coco_epoch_1.pth')
 
 
+@pytest.mark.parametrize(
+    ('added', 'told'),
+    [
+        ('val_dataloader = val_evaluator = val_cfg = None', 'val_dataloader is not set'),
+        ("val_dataloader['dataset']['ann_file'] = 'gone.json'", 'val_dataloader.dataset.ann_file'),
+    ],
+)
 def test_a_config_without_validation_is_told(
-    folder: Path, things: Things, tmp_path: Path, capsys: pytest.CaptureFixture
+    added: str,
+    told: str,
+    folder: Path,
+    things: Things,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    run = tmp_path / 'run'
-    run.mkdir()
-    shutil.copy(things.checkpoint, run)
+    shutil.copy(things.checkpoint, tmp_path)
     text = (folder / 'my_things.py').read_text()
-    (run / 'my_things.py').write_text(f'{text}\nval_dataloader = val_evaluator = val_cfg = None\n')
+    (tmp_path / 'my_things.py').write_text(f'{text}\n{added}\n')
     with pytest.raises(SystemExit) as end:
-        run_typed(f'gdino-lora report {run}', things.folder)
+        run_typed(f'gdino-lora report {tmp_path}', things.folder)
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert end.value.code == 2 and error.startswith('error: val_dataloader is not set')
+    assert end.value.code == 2 and error.startswith(f'error: {told}')
 
 
 def test_image_demo_takes_the_thresholds(

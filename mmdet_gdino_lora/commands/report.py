@@ -37,6 +37,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
     from gdino_lora import COMMANDS
     from mmdet_gdino_lora.commands.image_demo import load
+    from mmdet_gdino_lora.engine.preflight import check_config
     from mmdet_gdino_lora.report import page
     from mmdet_gdino_lora.report.collect import read_run
     from mmdet_gdino_lora.report.detect import detect, validation_set
@@ -50,6 +51,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if not cfg.get('test_dataloader'):
         cfg.test_dataloader = cfg.get('val_dataloader')
     register_all_modules()
+    if cfg.get('val_dataloader'):
+        check_config(cfg, ['val'])
     dataset = validation_set(cfg)
     detector, _ = load(cfg, run.checkpoint, args.device)
     names = dataset.metainfo['classes']

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from mmdet_gdino_lora.report.collect import Points
 
 WIDTH, HEIGHT = 400, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 390, 12, 186
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 380, 12, 186
 #: Of one line after the other; colours are the page's, ``--line-0`` and so on.
 DASHES = ('', '8 4', '2 3', '10 3 2 3', '1 5', '14 4')
 _LINE = Markup(

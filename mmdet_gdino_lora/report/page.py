@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
-import jinja2
+import jinja2  # torch stands on it
 import numpy as np
 from markupsafe import Markup
 
@@ -19,6 +19,8 @@ from mmdet_gdino_lora.report.measure import OTHERWISE, OVERLAP, Measurement
 
 #: Most classes that the confusion table has rows for.
 MOST_ROWS = 30
+#: What ``sweep`` measures.
+SIDES = dict(new='the new task', old='what the base knew')
 #: Losses of the decoder's last layer, by this project's names and by mmdet's.
 LAST_LAYER = r'loss_(ce|cls|bbox|giou|iou)'
 #: Metrics between 0 and 1 that say how good detection is over all sizes.
@@ -111,10 +113,9 @@ def scales(rows: Sequence[Mapping[str, float]]) -> Optional[Markup]:
     Returns:
         A figure; None without rows.
     """
-    sides = dict(new='the new task', old='what the base knew')
     lines: dict[str, Points] = {
         told: [(row['scale'], row[side]) for row in rows]
-        for side, told in sides.items()
+        for side, told in SIDES.items()
         if rows and side in rows[0]
     }
     return chart("Over the adapter's strength", lines, 'scale', True) if lines else None
@@ -137,7 +138,7 @@ def write(path: str, measurement: Measurement, **parts: Any) -> None:
     )
     environment.filters['number'] = lambda x, digits=3: '-' if x is None else f'{x:.{digits}f}'
     html = environment.get_template('page.html').render(
-        measurement=measurement, overlap=OVERLAP, otherwise=OTHERWISE, **parts
+        measurement=measurement, overlap=OVERLAP, otherwise=OTHERWISE, sides=SIDES, **parts
     )
     with open(path, 'w', encoding='utf-8') as file:
         file.write(html)

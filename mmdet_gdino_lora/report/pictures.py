@@ -17,11 +17,13 @@ from mmdet_gdino_lora.report.measure import LEFT_OUT, NONE, Measurement, Verdict
 #: Units of a picture's width, in which text has the size of the page's; and pixels of its longest
 #: side.
 WIDTH, PIXELS = 400, 720
+#: Width of a label's letter, about.
+LETTER = 7.5
 _BOX = Markup(
     '<rect x="{0:.1f}" y="{1:.1f}" width="{2:.1f}" height="{3:.1f}" class="under"/>'
     '<rect x="{0:.1f}" y="{1:.1f}" width="{2:.1f}" height="{3:.1f}" class="{4}"/>'
 )
-_LABEL = Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
+_LABEL = Markup('<text x="{:.1f}" y="{:.1f}">{}</text>')
 _IMAGE = Markup('<image id="{}" width="{}" height="{:.1f}" href="data:image/jpeg;base64,{}"/>')
 _AGAIN = Markup('<use href="#{}"/>')
 _SVG = Markup('<svg viewBox="0 0 {} {:.1f}" role="img" aria-label="{}" class="photo">{}</svg>')
@@ -120,7 +122,7 @@ def _found_boxes(
 
 def _box(corners: np.ndarray, label: str, kind: str) -> Markup:
     x1, y1, x2, y2 = corners.tolist()
-    # Above the box where there is room, and to the left of its right side near the image's.
+    # Above the box where there is room, and inside the image, as far as its letters let one guess.
     y = y1 - 4 if y1 > 16 else y1 + 13
-    at, anchor = (x1 + 2, 'start') if x1 < WIDTH / 2 else (min(x2, WIDTH) - 2, 'end')
-    return _BOX.format(x1, y1, x2 - x1, y2 - y1, kind) + _LABEL.format(at, y, anchor, label)
+    x = max(2.0, min(x1 + 2, WIDTH - LETTER * len(label)))
+    return _BOX.format(x1, y1, x2 - x1, y2 - y1, kind) + _LABEL.format(x, y, label)
