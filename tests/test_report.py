@@ -351,6 +351,13 @@ def test_what_files_say_is_escaped(tmp_path: Path) -> None:
     assert not [name for name, _ in read.attributes if name.startswith('on')]
 
 
+def test_classes_metrics_are_in_the_table_alone() -> None:
+    names = ('mAP', 'mAP_50', 'mAP_s', 'cat_precision', 'loss_mAP')
+    run = Run('', '', '', [], [{f'coco/bbox_{name}': 0.5 for name in names} | {'step': 1}])
+    (figure,) = page.charts(run, True)
+    assert re.findall(r'</svg> (\S+) <small>', figure) == ['coco/bbox_mAP', 'coco/bbox_mAP_50']
+
+
 def test_many_classes_leave_rows_out() -> None:
     table = np.diag(np.arange(41))
     table[-1, -1] = 0

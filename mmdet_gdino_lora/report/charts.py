@@ -90,4 +90,6 @@ def _ticks(values: Sequence[float]) -> list[float]:
 
 
 def _n(value: float) -> str:
+    if abs(value) >= 10_000:
+        return f'{value / 1000:g}k'
     return f'{value:.3g}' if abs(value) < 1000 else f'{value:.0f}'

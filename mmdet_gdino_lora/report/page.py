@@ -13,7 +13,7 @@ import jinja2  # torch stands on it
 import numpy as np
 from markupsafe import Markup
 
-from mmdet_gdino_lora.report.charts import chart
+from mmdet_gdino_lora.report.charts import DASHES, chart
 from mmdet_gdino_lora.report.collect import Points, Run, curves
 from mmdet_gdino_lora.report.measure import OTHERWISE, OVERLAP, Measurement
 
@@ -23,8 +23,8 @@ MOST_ROWS = 30
 SIDES = dict(new='the new task', old='what the base knew')
 #: Losses of the decoder's last layer, by this project's names and by mmdet's.
 LAST_LAYER = r'loss_(ce|cls|bbox|giou|iou)'
-#: Metrics between 0 and 1 that say how good detection is over all sizes.
-METRICS = r'(?!.*_[sml]$)(?!.*loss).*(AP|precision|acc|recall|f1).*'
+#: Metrics between 0 and 1 over all sizes and classes (CocoMetric's of one end in ``_precision``).
+METRICS = r'(?!.*_[sml]$)(?!.*loss)(?!.*_precision$).*(AP|acc|recall|f1).*'
 
 
 def charts(run: Run, by_epoch: bool) -> list[Markup]:
@@ -46,7 +46,12 @@ def charts(run: Run, by_epoch: bool) -> list[Markup]:
         ('Loss in validation', curves(run.validation, 'val_loss'), validations, True),
         ('Learning rate', curves(run.training, 'lr'), iterations, False),
     ]
-    return [chart(title, lines, across, dots) for title, lines, across, dots in drawn if lines]
+    return [
+        # More lines would share a colour and dashes.
+        chart(title, dict(list(lines.items())[: len(DASHES)]), across, dots)
+        for title, lines, across, dots in drawn
+        if lines
+    ]
 
 
 def commands(run: Run, names: Sequence[str], thresholds: str, known: Sequence[str]) -> list[tuple]:
