@@ -125,6 +125,19 @@ def test_a_threshold_of_a_class_is_its_own(
     assert [box['bbox'] for box in kept] == [box['bbox'] for box in wanted]
 
 
+def test_a_reports_thresholds_hold_where_none_is_typed(
+    things: Things, labelled: Path, photos: Path, tmp_path: Path
+) -> None:
+    every = json.loads(labelled.read_text())['annotations']
+    middle = float(np.median([box['score'] for box in every if box['category_id'] == 1]))
+    report = tmp_path / 'thresholds.json'
+    report.write_text(json.dumps({NAMES[0]: middle, NAMES[1]: 1.0}))
+    asked = f'--thresholds {report} --threshold "{NAMES[1]}=0" --batch-size 2'
+    kept = json.loads(label(things, photos, tmp_path / 'out.json', asked))['annotations']
+    wanted = [box for box in every if box['category_id'] == 2 or box['score'] >= middle]
+    assert [box['bbox'] for box in kept] == [box['bbox'] for box in wanted]
+
+
 # ------------------------------------------------------------------------------------------ killed
 
 

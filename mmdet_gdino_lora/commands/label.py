@@ -47,6 +47,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = read_arguments(own_parser(), argv)
 
     from mmdet_gdino_lora.checks.walk import datasets_of
+    from mmdet_gdino_lora.commands.thresholds import chosen_scores
     from mmdet_gdino_lora.engine.preflight import config_classes
     from mmdet_gdino_lora.labelling.coco import read_labelled
     from mmdet_gdino_lora.labelling.photos import find_photos, photos_of
@@ -61,6 +62,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         )
     names = list(config_classes(key, dataset))
     given = read_thresholds(args.threshold, names)
+    if args.thresholds:
+        chosen = chosen_scores(args.thresholds, names)
+        given = [own if own is not None else score for own, score in zip(given, chosen)]
     check_arguments(args)
     coco = read_labelled(args.complete, names) if args.complete else None
     if coco is None:
@@ -108,10 +112,11 @@ def detect(
         '--batch-size': size,
         'a --threshold below 0.05': lowest,
     }
-    kept = Kept(begun_by(args), settings, args.threshold, args.overwrite)
+    asked = [*args.threshold, *filter(None, [args.thresholds])]
+    kept = Kept(begun_by(args), settings, asked, args.overwrite)
     if kept.known:
         print(f'goes on from {kept.path}')
-    if kept.thresholds != args.threshold:
+    if kept.thresholds != asked:
         print(f'--threshold was {kept.thresholds} then: what was detected serves the new ones, too')
     detector, pipeline = load(cfg, args.checkpoint, args.device)
     workers = loader.get('num_workers', 0)
@@ -135,6 +140,11 @@ def own_parser() -> argparse.ArgumentParser:
         metavar='[CLASS=]SCORE',
         help='lowest score of a label, of all classes or of one; default: 0.3, or with --complete '
         'what is right in 95 %% of cases',
+    )
+    arguments.add_argument(
+        '--thresholds',
+        metavar='FILE',
+        help="a report's thresholds.json, for classes of which --threshold says nothing",
     )
     arguments.add_argument('--format', choices=FORMATS, default='coco', help='default: coco')
     arguments.add_argument(

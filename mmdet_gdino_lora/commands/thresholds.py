@@ -23,8 +23,23 @@ def lowest_scores(path: Optional[str], names: Sequence[str], otherwise: float) -
     Raises:
         ConfigError: The file is none of a report's, or of none of these classes.
     """
-    if path is None:
-        return [otherwise] * len(names)
+    scores = [None] * len(names) if path is None else chosen_scores(path, names)
+    return [otherwise if score is None else score for score in scores]
+
+
+def chosen_scores(path: str, names: Sequence[str]) -> list[Optional[float]]:
+    """The score that a report has chosen for each class.
+
+    Args:
+        path: ``--thresholds``: JSON, a number or null by class name.
+        names: Of the classes.
+
+    Returns:
+        A score for each name; None where the file says nothing of it.
+
+    Raises:
+        ConfigError: The file is none of a report's, or of none of these classes.
+    """
     try:
         with open(path, encoding='utf-8') as file:
             scores = json.load(file)
@@ -45,4 +60,4 @@ def lowest_scores(path: Optional[str], names: Sequence[str], otherwise: float) -
             f'{", ".join(list(scores)[:10])}'
         )
     found = [scores.get(name) for name in names]
-    return [otherwise if score is None else float(score) for score in found]
+    return [None if score is None else float(score) for score in found]

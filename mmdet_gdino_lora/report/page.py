@@ -75,7 +75,11 @@ def commands(run: Run, names: Sequence[str], thresholds: str, known: Sequence[st
             'image-demo',
             ['photo.jpg', '--texts', ' . '.join(names), '--thresholds', thresholds],
         ),
-        ('Label more photos with it', 'label', ['PHOTOS']),
+        (
+            'Label more photos with it',
+            'label',
+            ['PHOTOS', '-o', 'labels.json', '--thresholds', thresholds],
+        ),
         ("Write the adapter in PEFT's format", 'export', [f'{stem}_adapter']),
         ('Fold it into the base, for stock mmdet', 'merge', [f'{stem}.pth']),
         ('Measure it at several strengths', 'sweep', []),
