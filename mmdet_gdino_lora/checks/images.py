@@ -31,6 +31,8 @@ _THREADS = 8
 _SLACK = 2
 #: Path, the size that is listed, and the size when loaded.
 _Size = tuple[str, tuple[int, int], tuple[int, int]]
+#: How the names of image files end, whatever their case.
+ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
 _ORIENTATION = 0x0112
 #: EXIF orientations that turn width into height.
 _TURNED = (5, 6, 7, 8)

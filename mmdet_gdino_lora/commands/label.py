@@ -261,6 +261,7 @@ def write(
         found: In each photo.
         coco: The set that is to be completed, if any.
     """
+    from mmdet_gdino_lora.engine.atomic import write_whole
     from mmdet_gdino_lora.labelling.coco import as_coco
     from mmdet_gdino_lora.labelling.completion import complete
     from mmdet_gdino_lora.labelling.formats import as_cvat, as_label_studio, label_studio_view
@@ -279,12 +280,12 @@ def write(
     if args.uncertain:
         draw(args, names, thresholds, found)
     if args.format == 'label-studio':
-        put(view_of(args), label_studio_view(content).encode())
+        write_whole(view_of(args), label_studio_view(content))
         print(f'written: {view_of(args)}')
         text = json.dumps(as_label_studio(content))
     else:
         text = as_cvat(content) if args.format == 'cvat' else json.dumps(content)
-    put(args.out, text.encode())
+    write_whole(args.out, text)
     print(f'written: {args.out}')
 
 
@@ -329,6 +330,7 @@ def draw(
     import numpy as np
 
     from mmdet_gdino_lora.commands.drawing import draw_boxes
+    from mmdet_gdino_lora.engine.atomic import write_whole
     from mmdet_gdino_lora.labelling.detections import least_certain
 
     folder = pictures_of(args)
@@ -351,18 +353,5 @@ def draw(
             continue
         flat = re.sub(r'[\\/]', '_', os.path.splitext(name)[0])
         _, picture = cv2.imencode('.jpg', draw_boxes(image, boxes, labels, captions))
-        put(os.path.join(folder, f'{number:04d}_{flat}.jpg'), picture.tobytes())
+        write_whole(os.path.join(folder, f'{number:04d}_{flat}.jpg'), picture.tobytes())
     print(f'written: {folder}/, the least certain first')
-
-
-def put(path: str, content: bytes) -> None:
-    """Writes a file, whole or not at all.
-
-    Args:
-        path: Of the file.
-        content: Of it.
-    """
-    from mmdet_gdino_lora.engine.atomic import atomic
-
-    with atomic(path) as partial, open(partial, 'wb') as file:
-        file.write(content)

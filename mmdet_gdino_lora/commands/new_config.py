@@ -44,6 +44,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = read_arguments(own_parser(), argv)
 
     from mmdet_gdino_lora.commands.check_dataset import print_findings
+    from mmdet_gdino_lora.engine.atomic import write_whole
     from mmdet_gdino_lora.engine.survey import survey
     from mmdet_gdino_lora.formats.config import config_text, need_words
     from mmdet_gdino_lora.formats.recognise import read_photos
@@ -59,7 +60,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     plan, reason = _plan(args, splits, out, names, prompts)
 
     _write(splits, files)
-    _write_text(out, config_text(plan))
+    write_whole(str(out), config_text(plan))
     _report(splits, seen, names, unused, prompts)
     print(f'\nwritten: {args.out}, and the labels as COCO in {out.with_suffix("")}{os.sep}\n')
     if reason:
@@ -180,20 +181,14 @@ def _names(splits: _Splits) -> tuple[list[str], list[str]]:
 
 
 def _write(splits: _Splits, files: Mapping[str, Path]) -> None:
+    from mmdet_gdino_lora.engine.atomic import write_whole
     from mmdet_gdino_lora.formats.written import as_coco, categories_of
 
     labelled, _ = splits['train']
     names = list(dict.fromkeys(name for owner, _ in splits.values() for name in owner.names))
     categories = categories_of(names, labelled.ids)
     for name, (owner, photos) in splits.items():
-        _write_text(files[name], json.dumps(as_coco(owner, photos, categories)))
-
-
-def _write_text(path: Path, text: str) -> None:
-    from mmdet_gdino_lora.engine.atomic import atomic
-
-    with atomic(str(path)) as partial:
-        Path(partial).write_text(text, encoding='utf-8')
+        write_whole(str(files[name]), json.dumps(as_coco(owner, photos, categories)))
 
 
 def _plan(

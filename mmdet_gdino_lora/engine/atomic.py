@@ -42,6 +42,17 @@ def atomic(path: str) -> Iterator[str]:
         os.close(handle)
 
 
+def write_whole(path: str, content: Union[str, bytes]) -> None:
+    """Writes a file, whole or not at all.
+
+    Args:
+        path: The final name; its folder is created where missing.
+        content: Of it; text is encoded as UTF-8.
+    """
+    with atomic(path) as partial, open(partial, 'wb') as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
 def remove_partial(folder: str) -> None:
     """Removes what processes that were killed while they wrote have left behind.
 

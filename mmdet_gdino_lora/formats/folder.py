@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Optional
 
+from mmdet_gdino_lora.checks.images import ENDINGS
 from mmdet_gdino_lora.checks.words import contents
 from mmdet_gdino_lora.errors import ConfigError
 
-IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
 #: Words in the names of folders and files, and the split that they mean.
 _SPLITS = dict(
     train='train', training='train', val='val', valid='val', validation='val', test='test',
@@ -38,10 +38,10 @@ class Folder:
             )
         self.root = root.absolute()
         self.files = sorted(self._walk())
-        self.images = self.ending(*IMAGES)
+        self.images = self.ending(*ENDINGS)
         if not self.images:
             raise ConfigError(
-                f'{str(root)!r} holds no images ({", ".join(IMAGES)}) but {contents(str(root))}; '
+                f'{str(root)!r} holds no images ({", ".join(ENDINGS)}) but {contents(str(root))}; '
                 'give the folder that holds the photos and their labels, or save them as one of '
                 'these'
             )

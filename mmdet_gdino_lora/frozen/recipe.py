@@ -17,7 +17,7 @@ from mmengine.logging import MMLogger
 from torch import nn
 
 from mmdet_gdino_lora.checks.walk import datasets_of
-from mmdet_gdino_lora.engine.atomic import atomic
+from mmdet_gdino_lora.engine.atomic import write_whole
 from mmdet_gdino_lora.lora.store.base import fingerprint
 from mmdet_gdino_lora.lora.tensors import plain_tensors
 from mmdet_gdino_lora.retain import BEHIND_ENCODER
@@ -130,8 +130,7 @@ def take_over(folder: str, recipe: Mapping[str, str]) -> None:
         )
         for path in kept_files(folder):
             path.unlink(missing_ok=True)
-    with atomic(os.path.join(folder, FILE)) as partial:
-        Path(partial).write_text(json.dumps(recipe, indent=1), encoding='utf-8')
+    write_whole(os.path.join(folder, FILE), json.dumps(recipe, indent=1))
 
 
 def kept_files(folder: str) -> Iterator[Path]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 from mmdet_gdino_lora.checks.words import some
-from mmdet_gdino_lora.engine.atomic import atomic
+from mmdet_gdino_lora.engine.atomic import write_whole
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.labelling.detections import Found
 from mmdet_gdino_lora.labelling.photos import Photo
@@ -59,8 +59,9 @@ class Kept:
         if before is None or different:
             self._batches.clear()
             self.thresholds = list(thresholds)
-            with atomic(path) as partial, open(partial, 'w', encoding='utf-8') as file:
-                file.write(json.dumps(dict(settings=settings, thresholds=self.thresholds)) + '\n')
+            write_whole(
+                path, json.dumps(dict(settings=settings, thresholds=self.thresholds)) + '\n'
+            )
 
     def of(self, batch: Sequence[Photo]) -> Optional[list[Found]]:
         """What was found in a batch's photos; None where that isn't known.

@@ -9,12 +9,10 @@ from typing import Any, Callable, Union
 
 from torch.utils.data import Dataset
 
-from mmdet_gdino_lora.checks.images import look
+from mmdet_gdino_lora.checks.images import ENDINGS, look
 from mmdet_gdino_lora.checks.words import contents
 from mmdet_gdino_lora.engine.unreadable import can_be_read
 from mmdet_gdino_lora.errors import ConfigError
-
-ENDINGS = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmdet_gdino_lora.engine.atomic import atomic
+from mmdet_gdino_lora.engine.atomic import atomic, write_whole
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.lora.inject.report import describe
 from mmdet_gdino_lora.lora.state import lora_state
@@ -93,7 +93,7 @@ def export_adapter(
     fields = {k: sorted(v) if isinstance(v, set) else v for k, v in exported.to_dict().items()}
     # A state dict holds the trained adapter, whatever is switched on.
     tensors = {**named_tensors(detector), **(weights or detector.state_dict())}
-    _write_text(os.path.join(folder, 'adapter_config.json'), json.dumps(fields, indent=2))
+    write_whole(os.path.join(folder, 'adapter_config.json'), json.dumps(fields, indent=2) + '\n')
     write_card(detector, folder, classes=classes, metrics=metrics)
     with atomic(os.path.join(folder, WEIGHTS)) as partial:
         save_file(
@@ -199,7 +199,7 @@ def write_card(
         classes: Class names.
         metrics: Of the weights in the folder.
     """
-    _write_text(os.path.join(folder, 'README.md'), _card(detector, classes, metrics or {}))
+    write_whole(os.path.join(folder, 'README.md'), _card(detector, classes, metrics or {}) + '\n')
 
 
 def _peft_weights(
@@ -217,11 +217,6 @@ def _peft_weights(
 def _base_source(detector: nn.Module) -> Optional[str]:
     base = lora_state(detector).base
     return base.source if base else None
-
-
-def _write_text(path: str, text: str) -> None:
-    with atomic(path) as partial, open(partial, 'w', encoding='utf-8') as file:
-        file.write(text + '\n')
 
 
 def _saved_modules(detector: nn.Module) -> list[str]:
