@@ -13,6 +13,7 @@ import jinja2  # torch stands on it
 import numpy as np
 from markupsafe import Markup
 
+from mmdet_gdino_lora.engine.atomic import write_whole
 from mmdet_gdino_lora.report.charts import DASHES, chart
 from mmdet_gdino_lora.report.collect import Points, Run, curves
 from mmdet_gdino_lora.report.measure import OTHERWISE, OVERLAP, Measurement
@@ -149,8 +150,7 @@ def write(path: str, measurement: Measurement, **parts: Any) -> None:
     html = environment.get_template('page.html').render(
         measurement=measurement, overlap=OVERLAP, otherwise=OTHERWISE, sides=SIDES, **parts
     )
-    with open(path, 'w', encoding='utf-8') as file:
-        file.write(html)
+    write_whole(path, html)
 
 
 def write_thresholds(path: str, measurement: Measurement) -> None:
@@ -161,9 +161,7 @@ def write_thresholds(path: str, measurement: Measurement) -> None:
         measurement: Of the validation set.
     """
     found = {c.name: c.threshold and c.threshold.score for c in measurement.classes}
-    with open(path, 'w', encoding='utf-8') as file:
-        json.dump(found, file, indent=2, ensure_ascii=False)
-        file.write('\n')
+    write_whole(path, json.dumps(found, indent=2, ensure_ascii=False) + '\n')
 
 
 def title(run: Run) -> str:
