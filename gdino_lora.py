@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -87,6 +88,22 @@ def unknown(word: str) -> str:
     near = difflib.get_close_matches(word, COMMANDS, n=1)
     meant = f'did you mean {near[0]!r}?' if near else f'there are {", ".join(COMMANDS)}'
     return f'gdino-lora {word!r}: no such command; {meant}'
+
+
+def typed(command: str) -> str:
+    """How a person would type another of the commands, in the way in which this one was.
+
+    Args:
+        command: Such as ``train``.
+
+    Returns:
+        ``gdino-lora train``, or ``python tools/train.py`` of a clone.
+    """
+    folder, file = os.path.split(sys.argv[0])
+    # mmdet has tools as well, which start none of these commands.
+    if starts and file.endswith('.py') and os.path.basename(folder) == 'tools':
+        return f'python {os.path.join(folder, COMMANDS[command][0])}.py'
+    return f'gdino-lora {command}'
 
 
 def run_command(name: str) -> None:

@@ -20,6 +20,7 @@ from mmdet_gdino_lora.frozen.hook import FrozenFeaturesHook  # noqa: E402
 from mmdet_gdino_lora.head import GroundingDINOCriterionHead  # noqa: E402
 from mmdet_gdino_lora.objective import BoxGIoUCost, BoxL1Cost, TokenFocalCost  # noqa: E402
 from mmdet_gdino_lora.objective.criterion import GroundingDINOCriterion, build_criterion  # noqa: E402
+from mmdet_gdino_lora.report.hook import ReportHook  # noqa: E402
 from mmdet_gdino_lora.shipped import config_path, tell_mmengine  # noqa: E402
 from mmdet_gdino_lora.text import GroundingTextEncoder  # noqa: E402
 
@@ -40,6 +41,7 @@ __all__ = [
     'LoRAGroundingDINO',
     'NonFiniteHook',
     'PreemptHook',
+    'ReportHook',
     'ResumableSeedHook',
     'TokenFocalCost',
     'TokenSpans',

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 from mmdet.utils import register_all_modules
+from mmdet.visualization import DetLocalVisualizer
 from mmengine.logging import MessageHub, MMLogger
 
 import mmdet_gdino_lora  # noqa: F401
@@ -93,6 +94,8 @@ def _no_run() -> Iterator[None]:
     yield
     for key in ('cfg', 'iter'):
         hub.runtime_info.pop(key, None)
+    # A second run of one process would write its log into the first's folder.
+    DetLocalVisualizer._instance_dict.clear()
 
 
 @pytest.fixture(scope='session')

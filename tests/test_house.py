@@ -89,7 +89,8 @@ MAY_IMPORT = {
     },
     'export': {'engine', 'errors', 'layers', 'text', 'transformer'},
     'labelling': {'checks', 'engine', 'errors'},
-    'report': {'engine', 'errors'},
+    # A page of files, and a hook that writes it of a run: nobody but people asks for either.
+    'report': {'engine', 'errors', 'files', 'lora'},
     # People's: nobody imports from there.
     'commands': {
         'checks',

@@ -13,6 +13,7 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 
 from mmdet_gdino_lora.files import download
+from mmdet_gdino_lora.shipped import config_path
 from mmdet_gdino_lora.text import files
 from tests.photo_folders import (
     LAYOUTS,
@@ -102,6 +103,7 @@ def test_the_config_on_the_shapes_base_trains(
     run_tool(f'python tools/train.py my_things.py --cfg-options {settings}', tmp_path)
     assert list((tmp_path / 'work_dirs/my_things').glob('epoch_1.pth'))
     cfg = Config.fromfile(tmp_path / 'my_things.py')
+    assert cfg.custom_hooks == [dict(type='ReportHook')]
     assert 'wheel bolt. nut' in datasets(cfg)[0][0]['data_samples'].text
 
 
@@ -112,6 +114,9 @@ def test_the_config_on_the_published_base_trains_a_small_model_of_its_kind(
     typed(f'photos --base published --names {names}', things(tmp_path), capsys)
     with inside(tmp_path, LANG_MODEL=text_dir):
         cfg = Config.fromfile('my_things.py')
+        inherited = Config.fromfile(config_path('gdino_lora_few')).custom_hooks
+        assert len(inherited) == 3
+        assert cfg.custom_hooks == [*inherited, dict(type='ReportHook')]
         # What the photos teach can't be held to the base.
         assert cfg.model.retain.names == ['person', 'car', 'chair', 'bottle']
         cfg = small(cfg)
@@ -120,6 +125,9 @@ def test_the_config_on_the_published_base_trains_a_small_model_of_its_kind(
         cfg.dump('small.py')
     run_tool('python tools/train.py small.py', tmp_path)
     assert list((tmp_path / 'work_dirs/small').glob('epoch_1.pth'))
+    assert (tmp_path / 'work_dirs/small/report.html').is_file()
+    scores = json.loads((tmp_path / 'work_dirs/small/thresholds.json').read_text())
+    assert list(scores) == ['bolt', 'nut', 'washer']
     texts = {d[0]['data_samples'].text for d in datasets(Config.fromfile(tmp_path / 'small.py'))}
     assert texts == {'cat. red circle. dog.'}
 

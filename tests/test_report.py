@@ -343,7 +343,7 @@ def test_what_files_say_is_escaped(tmp_path: Path) -> None:
         scale_rows=[],
         confusion=page.confusion(measured.confusion(verdicts), names),
         thresholds=EVIL,
-        commands=page.commands(run, names, EVIL, ['test', 'image-demo']),
+        commands=page.commands(run, names, EVIL),
     )
     read = Page(out.read_text(encoding='utf-8'))
     assert not set(read.tags) & {'script', 'img'}

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
-from gdino_lora import COMMANDS
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.shipped import names, typed_config
 from mmdet_gdino_lora.start import load
@@ -104,21 +102,6 @@ def refuse_overwriting(what: str, paths: Sequence[str], overwrite: bool) -> None
             f'{what}: {there[0]!r} is there already; name another, or write over it with '
             '--overwrite'
         )
-
-
-def typed(command: str) -> str:
-    """How a person would type another of our commands, in the way in which this one was.
-
-    Args:
-        command: Such as ``train``.
-
-    Returns:
-        ``gdino-lora train``, or ``python tools/train.py`` of a clone.
-    """
-    folder, file = os.path.split(sys.argv[0])
-    if file.endswith('.py') and os.path.basename(folder) == 'tools':
-        return f'python {os.path.join(folder, COMMANDS[command][0])}.py'
-    return f'gdino-lora {command}'
 
 
 def parser(description: str) -> argparse.ArgumentParser:

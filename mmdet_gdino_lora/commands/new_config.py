@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
+from gdino_lora import typed
 from mmdet_gdino_lora.commands.common import (
     add_overwrite,
     config_file,
     read_arguments,
     read_config,
     refuse_overwriting,
-    typed,
 )
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.shipped import config_path

@@ -44,6 +44,11 @@ class PreemptHook(Hook):
         self._agreement: Optional[Agreement] = None
         self._superseded = False
 
+    @property
+    def asked(self) -> bool:
+        """Whether the signal came, if only in the last iteration or validation."""
+        return self._asked
+
     def before_train(self, runner: Any) -> None:
         """Begins to listen to the signal.
 

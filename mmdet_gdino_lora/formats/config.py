@@ -14,6 +14,11 @@ from mmdet_gdino_lora.shipped import SCOPE
 FEW = 1000
 #: Images per step of the drawn shapes' config, steps of a run from them, and most epochs.
 _BATCH, _STEPS, _MOST_EPOCHS = 8, 300, 60
+#: What the inherited config has stays, whichever that is.
+_HOOKS = (
+    '# When training has ended: report.html and thresholds.json in the work dir.\n'
+    "custom_hooks = [*_base_.get('custom_hooks', []), dict(type='ReportHook')]\n"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +75,7 @@ def config_text(plan: Plan) -> str:
         tested = 'val_evaluator\n'
     parts.append("val_evaluator = dict(ann_file=annotations + 'val.json')\n")
     parts.append(f'test_evaluator = {tested}')
+    parts.append(_HOOKS)
     if plan.is_drawn:
         parts.append(_schedule(plan.images))
     return ''.join(parts)

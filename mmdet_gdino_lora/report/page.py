@@ -7,12 +7,13 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import jinja2  # torch stands on it
 import numpy as np
 from markupsafe import Markup
 
+from gdino_lora import typed
 from mmdet_gdino_lora.engine.atomic import write_whole
 from mmdet_gdino_lora.report.charts import DASHES, chart
 from mmdet_gdino_lora.report.collect import Points, Run, curves
@@ -55,19 +56,31 @@ def charts(run: Run, by_epoch: bool) -> list[Markup]:
     ]
 
 
-def commands(run: Run, names: Sequence[str], thresholds: str, known: Sequence[str]) -> list[tuple]:
+class Command(NamedTuple):
+    """What may come after a run.
+
+    Attributes:
+        told: What for.
+        name: Of the command.
+        line: As it is typed, with the run's paths.
+    """
+
+    told: str
+    name: str
+    line: str
+
+
+def commands(run: Run, names: Sequence[str], thresholds: str) -> list[Command]:
     """Writes the commands that come next, with the run's paths.
 
     Args:
         run: Of :func:`~.collect.read_run`.
         names: Of the classes.
         thresholds: Path of ``thresholds.json``.
-        known: Commands that there are.
 
     Returns:
-        What for, and the command line.
+        In the order in which one would try them.
     """
-    both = ['gdino-lora', '{}', run.config, run.checkpoint]
     stem = os.path.join(run.folder, 'tuned')
     lines = [
         ('Measure it on the test set', 'test', []),
@@ -86,9 +99,8 @@ def commands(run: Run, names: Sequence[str], thresholds: str, known: Sequence[st
         ('Measure it at several strengths', 'sweep', []),
     ]
     return [
-        (told, shlex.join([*both[:1], command, *both[2:], *more]))
-        for told, command, more in lines
-        if command in known
+        Command(told, name, f'{typed(name)} {shlex.join([run.config, run.checkpoint, *more])}')
+        for told, name, more in lines
     ]
 
 
