@@ -1,10 +1,10 @@
 """Says what will go wrong with a config's data, before anything is trained.
 
-check_dataset.py CONFIG [--all]
+check_dataset.py CONFIG [--all] [--missing-labels [CHECKPOINT]]
 
 Looks at annotation files, class names and every image of the data that a config trains from and
 measures on. Ends with status 1 where a run would stop, or learn something else than was meant.
-Labels that are missing it can't see: for that it takes a model.
+Labels that are missing take a model to guess at: the base, or what an earlier run has tuned.
 """
 
 from __future__ import annotations
@@ -15,13 +15,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
 from mmdet_gdino_lora.commands.common import add_cfg_options, read_arguments, read_config
+from mmdet_gdino_lora.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mmengine.config import Config
+
     from mmdet_gdino_lora.checks.findings import Finding
     from mmdet_gdino_lora.engine.survey import Surveyed
+    from mmdet_gdino_lora.labelling.detections import Found
+    from mmdet_gdino_lora.labelling.missing import Counted
 
 #: Cases of a finding that are listed without --all.
 _SHOWN = 5
+#: Photos of a data set in which missing labels are looked for, and the score from which on
+#: detections are counted.
+_PHOTOS, _LOWEST = 200, 0.05
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -33,6 +41,25 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     Raises:
         SystemExit: With 1, where an error was found.
     """
+    args = read_arguments(own_parser(), argv)
+
+    from mmdet_gdino_lora.engine.survey import survey
+
+    cfg = read_config(args.config, args.cfg_options)
+    # What can't be loaded is told before every image was looked at.
+    loaded = None if args.missing_labels is None else _load(cfg, args.missing_labels, args.device)
+    sets = survey(cfg)
+    print_sets(sets)
+    print_classes(sets)
+    if loaded is not None:
+        add_missing_labels(sets, cfg, *loaded, args.missing_labels)
+    errors, warnings = print_findings(sets, None if args.all else _SHOWN)
+    if errors or (warnings and args.strict):
+        sys.exit(1)
+
+
+def own_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
     arguments = argparse.ArgumentParser(
         description="Say what will go wrong with a config's data; status 1 where a run would stop"
     )
@@ -41,18 +68,17 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     arguments.add_argument(
         '--strict', action='store_true', help='status 1 where there is a warning, too'
     )
+    arguments.add_argument(
+        '--missing-labels',
+        nargs='?',
+        const='',
+        metavar='CHECKPOINT',
+        help='guess at labels that are missing, on 200 photos, by what the base detects (adapters '
+        'off), or by what a checkpoint or an adapter does',
+    )
+    arguments.add_argument('--device', help='of --missing-labels; default: cuda where there is one')
     add_cfg_options(arguments)
-    args = read_arguments(arguments, argv)
-
-    from mmdet_gdino_lora.engine.survey import survey
-
-    cfg = read_config(args.config, args.cfg_options)
-    sets = survey(cfg)
-    print_sets(sets)
-    print_classes(sets)
-    errors, warnings = print_findings(sets, None if args.all else _SHOWN)
-    if errors or (warnings and args.strict):
-        sys.exit(1)
+    return arguments
 
 
 def print_sets(sets: Sequence[Surveyed]) -> None:
@@ -127,6 +153,93 @@ def print_findings(sets: Sequence[Surveyed], shown: Optional[int]) -> tuple[int,
     counts = [_counted(len(errors), 'error'), _counted(len(warnings), 'warning')]
     print(f'\n{", ".join(counts)}: {means}')
     return len(errors), len(warnings)
+
+
+def _load(cfg: Config, checkpoint: str, device: Optional[str]) -> tuple[Any, Any]:
+    """The detector that is asked, and what its config makes of a photo."""
+    from mmdet_gdino_lora.commands.image_demo import load
+
+    if not cfg.get('test_dataloader'):
+        raise ConfigError(
+            '--missing-labels: the config has no test_dataloader, which says how a photo is read '
+            'to detect in it; add one, as the shipped configs have it'
+        )
+    return load(cfg, checkpoint or None, device)
+
+
+def add_missing_labels(
+    sets: Sequence[Surveyed], cfg: Config, detector: Any, pipeline: Any, checkpoint: str
+) -> None:
+    """Guesses at labels that are missing in what is trained from, and prints what was counted.
+
+    Args:
+        sets: See :func:`~mmdet_gdino_lora.engine.survey.survey`; findings are added to them.
+        cfg: The config.
+        detector: In eval mode.
+        pipeline: Its config's, for one image.
+        checkpoint: What the detector was loaded from; empty for the base.
+    """
+    from mmdet_gdino_lora.labelling.missing import count_beside, findings_of, sample_of
+
+    who = checkpoint or 'the base (adapters off)'
+    for one in sets:
+        looked = one.looked
+        if looked is None or not looked.trains or looked.folder is None:
+            continue
+        if any(finding.fatal for finding in one.findings):
+            one.notes.append(f'{one.key}: missing labels are looked for when its errors are mended')
+            continue
+        images = sample_of(looked.images, _PHOTOS)
+        files = [image['file_name'] for image in images]
+        found = _detect(cfg, detector, pipeline, looked.folder, files, looked.names)
+        counted = count_beside(looked.coco, images, found, looked.names)
+        print(f'\nmissing labels, a guess of {who} on {len(images)} of {len(looked.images)} photos')
+        _print_guess(counted)
+        one.findings += findings_of(looked.coco.where, looked.folder, counted, len(images), who)
+
+
+def _detect(
+    cfg: Config,
+    detector: Any,
+    pipeline: Any,
+    folder: str,
+    files: Sequence[str],
+    names: Sequence[str],
+) -> dict[str, Found]:
+    from tqdm import tqdm
+
+    from mmdet_gdino_lora.labelling.going import detected
+    from mmdet_gdino_lora.labelling.photos import photos_of
+
+    photos, loader = photos_of(folder, files), cfg.test_dataloader
+    size, workers = loader.get('batch_size', 1), loader.get('num_workers', 0)
+    batches = [photos[begin : begin + size] for begin in range(0, len(photos), size)]
+    found: dict[str, Found] = {}
+    with tqdm(total=len(photos), unit='photo', desc='detecting') as bar:
+        parts = detected(detector, pipeline, folder, batches, names, workers, _LOWEST)
+        for batch, part in zip(batches, parts):
+            found.update(zip((photo.name for photo in batch), part))
+            bar.update(len(batch))
+    return found
+
+
+def _print_guess(counted: Sequence[Counted]) -> None:
+    """Prints a row for each class; nothing is said of those that the detector doesn't know well."""
+    rows: list[list[Any]] = [
+        ['class', 'labels', 'found again', 'from score', 'on labels', 'on none', 'missing']
+    ]
+    for one in counted:
+        score, odds = one.surest, one.missing()
+        row: list[Any] = [one.name, one.labels, len(one.on_labels)]
+        if score is None or odds is None:
+            rows.append([*row, '-', '-', '-', 'not known'])
+        else:
+            free = len(one.beside(score))
+            missing = 'too few to tell' if free else 'none seen'
+            if one.is_told():
+                missing = f'some {odds * one.labels:.0f}'
+            rows.append([*row, f'{score:.2f}', one.among(score), free, missing])
+    _print_table(rows)
 
 
 def _counted(count: int, what: str) -> str:

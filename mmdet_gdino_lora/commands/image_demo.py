@@ -96,12 +96,15 @@ def own_parser() -> argparse.ArgumentParser:
     return arguments
 
 
-def load(cfg: Config, checkpoint: str, device: str | None = None) -> tuple[Any, Compose]:
+def load(
+    cfg: Config, checkpoint: Optional[str], device: Optional[str] = None
+) -> tuple[Any, Compose]:
     """Builds the detector of a config, with a checkpoint, and the config's test pipeline.
 
     Args:
         cfg: An mmengine ``Config``.
-        checkpoint: Checkpoint file.
+        checkpoint: Checkpoint file, or folder of an adapter; None: the base that training would
+            begin with, adapters off.
         device: Such as ``cuda:0``; by default a GPU where there is one.
 
     Returns:
@@ -116,15 +119,26 @@ def load(cfg: Config, checkpoint: str, device: str | None = None) -> tuple[Any, 
     from mmdet.utils import register_all_modules
     from mmengine.runner import load_checkpoint
 
-    if '://' not in checkpoint and not os.path.exists(checkpoint):
+    is_ours = cfg.model.type == 'LoRAGroundingDINO'
+    if checkpoint is None and not is_ours:
+        checkpoint = cfg.get('load_from')
+    if checkpoint is None and not (cfg.model.get('base_checkpoint') or cfg.get('load_from')):
+        raise ConfigError(
+            'neither model.base_checkpoint nor load_from is set: the base would be random weights, '
+            'which detect nothing; set one of them, or name a CHECKPOINT'
+        )
+    if checkpoint and '://' not in checkpoint and not os.path.exists(checkpoint):
         raise ConfigError(f'checkpoint {checkpoint!r}: no such file')
-    if os.path.isdir(checkpoint):
+    if checkpoint and os.path.isdir(checkpoint):
         read_source(checkpoint)
     register_all_modules()
-    if cfg.model.type == 'LoRAGroundingDINO' and cfg.get('load_from'):
+    if is_ours and cfg.get('load_from'):
         cfg.model.setdefault('base_checkpoint', cfg.load_from)
     detector = MODELS.build(cfg.model)
-    if os.path.isdir(checkpoint):
+    if checkpoint is None:
+        if cfg.model.get('lora'):
+            detector.set_adapter(None)
+    elif os.path.isdir(checkpoint):
         load_source(detector, checkpoint, None)
     else:
         load_checkpoint(detector, checkpoint, map_location='cpu')

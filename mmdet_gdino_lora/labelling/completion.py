@@ -39,10 +39,12 @@ class Sorted:
     Attributes:
         on_labels: Places of those on a label of their class, one for each label.
         free: Places of those that overlap no label and no surer one of these.
+        confused: Places of those that lie well on a label of another class alone.
     """
 
     on_labels: list[int]
     free: list[int]
+    confused: list[int]
 
 
 def sort_out(
@@ -58,13 +60,15 @@ def sort_out(
         bound: IoU with any label from which on a detection overlaps it.
 
     Returns:
-        Both kinds. What lies near a label, and not well enough on it, is of neither.
+        The kinds. What lies near a label, and not well enough on it, is of none.
     """
     shared = overlaps(found.boxes, boxes, crowds)
     own = np.array(found.labels, int)[:, None] == np.array(labels, int).reshape(1, -1)
     open_ = (shared >= ON_LABEL) & own & ~np.array(crowds, bool).reshape(1, -1)
     on_labels: list[int] = []
     free: list[int] = []
+    confused: list[int] = []
+    others = (shared >= ON_LABEL) & ~own & ~np.array(crowds, bool).reshape(1, -1)
     among = overlaps(found.boxes, found.boxes)
     for place in range(len(found.boxes)):  # the surest first
         if open_[place].any():
@@ -73,7 +77,31 @@ def sort_out(
             on_labels.append(place)
         elif shared[place].max(initial=0) < bound and among[place, free].max(initial=0) < bound:
             free.append(place)
-    return Sorted(on_labels, free)
+        elif others[place].any() and not (shared[place] * own[place]).max(initial=0) >= ON_LABEL:
+            confused.append(place)
+    return Sorted(on_labels, free, confused)
+
+
+def score_of_surest(on_labels: np.ndarray) -> float:
+    """The lowest score of the surest detections on labels.
+
+    Args:
+        on_labels: Scores of the detections on labels; at least one.
+    """
+    return float(np.quantile(on_labels, 1 - SUREST, method='nearest'))
+
+
+def odds_among(on_labels: int, free: int) -> float:
+    """How many things without a label there are for every one that has one.
+
+    Args:
+        on_labels: Number of sure detections on labels, above 0.
+        free: Number of those, as sure, that overlap no label.
+
+    Returns:
+        The odds; not above 0 where all of the free ones may be the mistakes of a sure detector.
+    """
+    return float((free - WRONG * (on_labels + free)) / on_labels)
 
 
 def threshold_of(on_labels: np.ndarray, free: np.ndarray) -> Optional[float]:
@@ -105,12 +133,12 @@ def threshold_of(on_labels: np.ndarray, free: np.ndarray) -> Optional[float]:
     """
     if len(on_labels) < LEAST / SUREST or not len(free):
         return None
-    surest = float(np.quantile(on_labels, 1 - SUREST, method='nearest'))
+    surest = score_of_surest(on_labels)
     scores = np.unique([surest, *free[free < surest]])
     labelled = (on_labels >= scores[:, None]).sum(1)
     others = (free >= scores[:, None]).sum(1)
     top_labelled, top_others = labelled[-1], others[-1]
-    odds = (top_others - WRONG * (top_labelled + top_others)) / top_labelled
+    odds = odds_among(top_labelled, top_others)
     if odds <= 0:
         return None
     error = np.sqrt(1 / top_others - 1 / others + 1 / top_labelled - 1 / labelled)

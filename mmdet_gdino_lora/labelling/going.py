@@ -43,21 +43,50 @@ def go_through(
     """
     batches = [photos[begin : begin + size] for begin in range(0, len(photos), size)]
     left = [batch for batch in batches if kept.of(batch) is None]
-    loader = DataLoader(
-        LoadedBatches(folder, left, pipeline, names),
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-    )
     known = len(photos) - sum(map(len, left))
     with tqdm(total=len(photos), initial=known, unit='photo', desc='labelling') as bar:
-        for batch, loaded in zip(left, loader):
-            kept.add(batch, _detect(detector, loaded, lowest))
+        for batch, new in zip(
+            left, detected(detector, pipeline, folder, left, names, workers, lowest)
+        ):
+            kept.add(batch, new)
             bar.update(len(batch))
     found: dict[str, Found] = {}
     for batch in batches:
         found.update(zip((photo.name for photo in batch), kept.of(batch) or ()))
     return found
+
+
+def detected(
+    detector: Any,
+    pipeline: Callable[[dict], Any],
+    folder: str,
+    batches: Sequence[Sequence[Photo]],
+    names: Sequence[str],
+    workers: int,
+    lowest: float,
+) -> Iterator[list[Found]]:
+    """Detects the classes in photos, as they come.
+
+    Args:
+        detector: In eval mode.
+        pipeline: The config's, for one image.
+        folder: Where the photos are.
+        batches: Of photos in it.
+        names: Class names.
+        workers: Processes that load them.
+        lowest: Score below which nothing is kept.
+
+    Yields:
+        For each batch, what was found in each of its photos.
+    """
+    loader = DataLoader(
+        LoadedBatches(folder, batches, pipeline, names),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+    )
+    for loaded in loader:
+        yield _detect(detector, loaded, lowest)
 
 
 def _as_it_is(batch: Any) -> Any:
