@@ -17,6 +17,7 @@ from mmdet_gdino_lora.shipped import config_path
 from mmdet_gdino_lora.text import files
 from tests.photo_folders import (
     LAYOUTS,
+    NAMES,
     THINGS,
     photos,
     real,
@@ -87,6 +88,19 @@ def test_every_layout_becomes_a_config_whose_data_is_loaded(
         sample = data[0]['data_samples']
         assert sample.text == 'bolt. nut. washer.'
         assert len(sample.gt_instances) == len(data.get_data_info(0)['instances'])
+    # What is trained from and measured on are the boxes of the label tool, whichever it was.
+    loaded = {
+        Path(info['img_path']).stem: [
+            (NAMES[i['bbox_label']], i['bbox']) for i in info['instances']
+        ]
+        for data in (train, val)
+        for info in map(data.get_data_info, range(len(data)))
+    }
+    assert loaded.keys() == {thing.name for thing in THINGS}
+    for thing in THINGS:
+        assert [name for name, _ in loaded[thing.name]] == [name for name, _ in thing.boxes]
+        for (_, found), (_, corners) in zip(loaded[thing.name], thing.boxes):
+            assert found == pytest.approx(corners, abs=0.01)
 
 
 def test_the_config_on_the_shapes_base_trains(

@@ -11,7 +11,8 @@ class Mutation(NamedTuple):
     """One mistake.
 
     Attributes:
-        room: objective, adapters, store, retain, frozen, text, phrases, export or commands.
+        room: objective, adapters, store, retain, frozen, text, phrases, export, commands or
+            photos.
         file: That it is planted in, from the checkout's root.
         what: The mistake in words.
         old: Code that stands exactly once in the file.
@@ -215,6 +216,15 @@ COMMANDS = [
         'w.half() if w.is_floating_point() else w', 'w.half()', 'test_tools'),
 ]  # fmt: skip
 
+PHOTOS = [
+    _of('photos', 'report/hook.py', 'the best weights stay in the detector of the run',
+        'tensor.copy_(kept[name])', 'pass', 'test_report_hook'),
+    _of('photos', 'labelling/missing.py', 'a detector that misses many labels is believed',
+        'max(LEAST / SUREST, FOUND * self.labels)', 'LEAST / SUREST', 'test_missing_labels'),
+    _of('photos', 'formats/config.py', 'hooks of the inherited config are lost',
+        "[*_base_.get('custom_hooks', []), dict(", '[dict(', 'test_new_config'),
+]  # fmt: skip
+
 MUTATIONS = [
     *OBJECTIVE,
     *ADAPTERS,
@@ -225,4 +235,5 @@ MUTATIONS = [
     *PHRASES,
     *EXPORT,
     *COMMANDS,
+    *PHOTOS,
 ]

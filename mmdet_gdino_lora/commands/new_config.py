@@ -311,3 +311,5 @@ def _next(out: str, plan: Plan) -> None:
     print(f'  {typed("train")} {out}')
     if not plan.is_drawn:
         print('  (its first run downloads the base and the text model)')
+    page = os.path.join('work_dirs', os.path.splitext(os.path.basename(out))[0], 'report.html')
+    print(f'  (when it has ended, there is {page})')
