@@ -79,7 +79,7 @@ class ReportHook(Hook):
         from mmdet_gdino_lora.report.whole import write_report
 
         run, detector = read_run(folder), detector_of(runner)
-        runner.logger.info('the report: %s on the validation set', run.checkpoint)
+        runner.logger.info('for the report %s is measured on the validation set', run.checkpoint)
         with same_numbers_drawn(), same_modes(detector), weights_of(detector, run.checkpoint):
             dataset = validation_set(runner.cfg)
             written = write_report(run, runner.cfg, detector.eval(), dataset, self.pictures)
