@@ -118,6 +118,7 @@ def test_the_config_on_the_shapes_base_trains(
     assert list((tmp_path / 'work_dirs/my_things').glob('epoch_1.pth'))
     cfg = Config.fromfile(tmp_path / 'my_things.py')
     assert cfg.custom_hooks == [dict(type='ReportHook')]
+    assert cfg.model.bbox_head.num_classes == 16
     assert 'wheel bolt. nut' in datasets(cfg)[0][0]['data_samples'].text
 
 
@@ -232,6 +233,8 @@ def test_many_names_are_sampled_for_training_alone(
         for loader in (cfg.train_dataloader, cfg.val_dataloader)
     ]
     assert [step.get('num_negatives') for step in spans] == ['fit', None]
+    assert cfg.model.bbox_head.num_classes == 120  # a label for each, or the first step ends it
+    assert cfg.model.bbox_head.type == 'GroundingDINOCriterionHead'
 
 
 # ----------------------------------------------------------------------------------------- mistakes

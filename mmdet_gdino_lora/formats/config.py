@@ -36,6 +36,7 @@ class Plan:
         retained: Names that the base must not forget; None: as in the inherited config.
         checkpoint: The base, where it isn't the inherited config's.
         images: Photos to train from.
+        many: Whether there are more classes than the inherited config has labels for.
     """
 
     base: str
@@ -48,6 +49,7 @@ class Plan:
     retained: Optional[Sequence[str]]
     checkpoint: Optional[str]
     images: int
+    many: bool
 
     @property
     def is_drawn(self) -> bool:
@@ -102,6 +104,11 @@ def _model(plan: Plan) -> str:
     code = ''
     if plan.checkpoint is not None:
         code += f'    base_checkpoint={plan.checkpoint!r},\n'
+    if plan.many:
+        code += (
+            '    # Denoising has a label for each class.\n'
+            f'    bbox_head=dict(num_classes={len(plan.classes)}),\n'
+        )
     if plan.is_drawn:
         code += '    retain=None,  # a base of drawn shapes knows nothing that must survive\n'
     elif plan.retained is not None and list(plan.retained):
