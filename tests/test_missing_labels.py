@@ -24,13 +24,13 @@ NAMES = ('bolt', 'nut')
 def counted(
     labelled: Sequence[float],
     free: Sequence[float] = (),
-    confused: Sequence[float] = (),
+    mistaken: Sequence[float] = (),
     unseen: int = 0,
 ) -> Counted:
     """What is found of a class, by scores; and labels that are not found again."""
     photos = [(score, f'{place}.jpg', [1.0, 2.0, 10.0, 20.0]) for place, score in enumerate(free)]
     number = len(labelled) + unseen
-    return Counted('bolt', number, list(labelled), photos, list(confused))
+    return Counted('bolt', number, list(labelled), photos, list(mistaken))
 
 
 def sentence(one: Counted) -> Optional[str]:
@@ -62,7 +62,7 @@ def test_what_is_found_as_surely_as_the_labels_is_told_as_a_guess() -> None:
         counted(sure(15), sure(15)),  # too few labels to tell
         counted(sure(40), sure(40), unseen=30),  # it misses many labels
         counted([score / 3 for score in sure(40)], sure(40)),  # it is not sure of the labels
-        counted(sure(40), sure(40), confused=sure(20)),  # it takes others for them
+        counted(sure(40), sure(40), mistaken=sure(20)),  # it takes others for them
         counted(sure(40), np.linspace(0.1, 0.7, 300).tolist()),  # mistakes, which grow
         counted([], sure(40)),
     ],
@@ -91,9 +91,9 @@ def test_detections_are_held_against_the_labels_of_their_photo() -> None:
         'b.jpg': Found(unreadable='is empty'),
     }
     bolt, nut = count_beside(coco, images, found, NAMES)
-    assert (bolt.labels, bolt.on_labels, bolt.confused) == (1, [0.9], [0.8])
+    assert (bolt.labels, bolt.on_labels, bolt.mistaken) == (1, [0.9], [0.8])
     assert bolt.free == [(0.6, 'a.jpg', [60, 0, 10, 10])]
-    assert (nut.labels, nut.on_labels, nut.free, nut.confused) == (1, [], [], [0.5])
+    assert (nut.labels, nut.on_labels, nut.free, nut.mistaken) == (1, [], [], [0.5])
 
 
 def test_the_sample_is_the_same_every_time() -> None:

@@ -139,7 +139,7 @@ def own_parser() -> argparse.ArgumentParser:
         default=[],
         metavar='[CLASS=]SCORE',
         help='lowest score of a label, of all classes or of one; default: 0.3, or with --complete '
-        'what is right in 95 %% of cases',
+        'what is right as often as --right says',
     )
     arguments.add_argument(
         '--thresholds',
@@ -155,6 +155,13 @@ def own_parser() -> argparse.ArgumentParser:
         type=float,
         default=0.3,
         help='with --complete: IoU with a label from which on no box is added; default: 0.3',
+    )
+    arguments.add_argument(
+        '--right',
+        type=float,
+        default=0.95,
+        metavar='SHARE',
+        help='with --complete: share of the added boxes that shall be right; default: 0.95',
     )
     arguments.add_argument(
         '--uncertain',
@@ -195,6 +202,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if not 0 < args.overlap <= 1:
         raise ConfigError(f'--overlap {args.overlap}: give a number above 0, and at most 1')
+    if not 0 < args.right < 1:
+        raise ConfigError(f'--right {args.right}: give a share between 0 and 1, such as 0.8')
     if args.uncertain < 0 or (args.batch_size is not None and args.batch_size < 1):
         raise ConfigError(
             f'--uncertain {args.uncertain}, --batch-size {args.batch_size}: give numbers of photos'
@@ -274,7 +283,7 @@ def write(
     else:
         with open(args.complete, encoding='utf-8') as file:
             before = dict(json.load(file), images=coco.images, annotations=coco.annotations)
-        content, chosen = complete(before, found, names, given, args.overlap)
+        content, chosen = complete(before, found, names, given, args.overlap, args.right)
         print(table(names, chosen, content))
         thresholds = [1.0 if threshold is None else threshold for threshold in chosen]
     if args.uncertain:

@@ -26,8 +26,8 @@ BESIDE = 0.3
 #: What a detector has to do before it is believed of a class: find this share of its labels again,
 #: with half of them above this score.
 FOUND, SCORE = 0.7, 0.3
-#: Of the surest detections that lie on labels, most that may lie on those of other classes.
-CONFUSED = 0.1
+#: Of the surest detections that lie on labels, most that may be mistakes.
+MISTAKEN = 0.1
 #: Standard errors by which the share of missing labels is taken lower, and what it has to be then.
 CAUTION, TOLD = 2.0, 0.1
 
@@ -41,14 +41,14 @@ class Counted:
         labels: Boxes that are labelled, crowds left out.
         on_labels: Scores of the detections on them, one for each.
         free: Scores of those that overlap no label, and the photo and the box of each.
-        confused: Scores of those on labels of other classes.
+        mistaken: Scores of those on labels that are of another class, or badly placed.
     """
 
     name: str
     labels: int = 0
     on_labels: list[float] = dataclasses.field(default_factory=list)
     free: list[tuple[float, str, Sequence[float]]] = dataclasses.field(default_factory=list)
-    confused: list[float] = dataclasses.field(default_factory=list)
+    mistaken: list[float] = dataclasses.field(default_factory=list)
 
     @property
     def surest(self) -> Optional[float]:
@@ -57,8 +57,8 @@ class Counted:
             return None
         score = sorted(self.on_labels, reverse=True)[: -(-self.labels // 2)][-1]
         sure = self.among(score)
-        others = sum(one >= score for one in self.confused)
-        if score < SCORE or others > CONFUSED * (sure + others):
+        others = sum(one >= score for one in self.mistaken)
+        if score < SCORE or others > MISTAKEN * (sure + others):
             return None
         return score
 
@@ -148,8 +148,8 @@ def count_beside(
         for place in kinds.free:
             told = one.scores[place], image['file_name'], one.boxes[place]
             counted[one.labels[place]].free.append(told)
-        for place in kinds.confused:
-            counted[one.labels[place]].confused.append(one.scores[place])
+        for place in kinds.mistaken:
+            counted[one.labels[place]].mistaken.append(one.scores[place])
     return counted
 
 
