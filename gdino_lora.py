@@ -18,9 +18,11 @@ from typing import Callable, Optional
 COMMANDS = {
     'new-config': ('new_config', 'write a config for a folder of labelled photos'),
     'check-dataset': ('check_dataset', "say what will go wrong with a config's data"),
+    'browse-dataset': ('browse_dataset', 'draw what the model will see: images, boxes, captions'),
     'train': ('train', 'train the adapters that a config describes'),
     'test': ('test', 'evaluate a checkpoint or an adapter'),
     'image-demo': ('image_demo', 'detect what a text names in an image, and draw the boxes'),
+    'playground': ('playground', 'try a tuned detector on a page in the browser'),
     'label': ('label', 'label more photos with a tuned detector'),
     'demo': ('demo', 'watch a small model learn new objects, on a CPU, in minutes'),
     'export': ('export_adapter', "write a run's adapter in PEFT's own format"),

@@ -23,10 +23,14 @@ setup(
             '.mim/configs/*',
             '.mim/assets/shapes/**/*',
             'report/*.html',
+            'browse/*.html',
         ]
     },
     entry_points={'console_scripts': ['gdino-lora = gdino_lora:main']},
-    extras_require={'onnx': ['onnx>=1.23', 'onnxruntime>=1.32', 'onnxscript>=0.7']},
+    extras_require={
+        'onnx': ['onnx>=1.23', 'onnxruntime>=1.32', 'onnxscript>=0.7'],
+        'playground': ['gradio>=6,<7'],
+    },
     install_requires=[
         'transformers>=4.45,<6',
         'peft>=0.16,<1',

@@ -91,8 +91,11 @@ MAY_IMPORT = {
     'labelling': {'checks', 'engine', 'errors'},
     # A page of files, and a hook that writes it of a run: nobody but people asks for either.
     'report': {'engine', 'errors', 'files', 'lora'},
+    'browse': {'datasets', 'engine', 'errors', 'samples', 'text'},
+    'playground': {'errors'},
     # People's: nobody imports from there.
     'commands': {
+        'browse',
         'checks',
         'datasets',
         'engine',
@@ -102,6 +105,7 @@ MAY_IMPORT = {
         'formats',
         'labelling',
         'lora',
+        'playground',
         'report',
         'shipped',
         'start',

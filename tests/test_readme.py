@@ -85,11 +85,13 @@ COMMANDS: dict[str, Callable[[Things, str], None]] = {
     'gdino-lora train gdino_lora_coco': its_help,
     'gdino-lora new-config PHOTOS': of_photos,
     'gdino-lora check-dataset my_things.py': ours,
+    'gdino-lora browse-dataset my_things.py': ours,
     'gdino-lora train my_things.py': ours,
     'bash tools/dist_train.sh my_things.py 2': launcher,
     'gdino-lora test my_things.py work_dirs/my_things/epoch_12.pth': ours,
     'gdino-lora image-demo my_things.py work_dirs/my_things/epoch_12.pth photo.jpg'
     ' --texts "wheel bolt . cracked tile"': ours,
+    'gdino-lora playground my_things.py work_dirs/my_things/epoch_12.pth': its_help,
     'gdino-lora label my_things.py work_dirs/my_things/epoch_12.pth photos/ -o more.json': ours,
     'gdino-lora report work_dirs/my_things': ours,
     'gdino-lora export my_things.py CHECKPOINT adapter/': ours,

@@ -40,6 +40,27 @@ def chosen_scores(path: str, names: Sequence[str]) -> list[Optional[float]]:
     Raises:
         ConfigError: The file is none of a report's, or of none of these classes.
     """
+    scores = read_scores(path)
+    if not set(names) & set(scores):
+        raise ConfigError(
+            f'--thresholds {path!r} knows none of {", ".join(names)}: it has '
+            f'{", ".join(list(scores)[:10])}'
+        )
+    return [scores.get(name) for name in names]
+
+
+def read_scores(path: str) -> dict[str, Optional[float]]:
+    """Reads the file that a report has written.
+
+    Args:
+        path: ``--thresholds``: JSON, a number or null by class name.
+
+    Returns:
+        A score by class name; None where validation could not say.
+
+    Raises:
+        ConfigError: The file is none of a report's.
+    """
     try:
         with open(path, encoding='utf-8') as file:
             scores = json.load(file)
@@ -54,10 +75,4 @@ def chosen_scores(path: str, names: Sequence[str]) -> list[Optional[float]]:
             f'--thresholds {path!r} is no number by class name; give the thresholds.json that '
             '`gdino-lora report` has written'
         )
-    if not set(names) & set(scores):
-        raise ConfigError(
-            f'--thresholds {path!r} knows none of {", ".join(names)}: it has '
-            f'{", ".join(list(scores)[:10])}'
-        )
-    found = [scores.get(name) for name in names]
-    return [None if score is None else float(score) for score in found]
+    return {name: None if score is None else float(score) for name, score in scores.items()}

@@ -1,0 +1,1 @@
+"""What the model will see of a data set: augmented images, their boxes, and their captions."""
