@@ -7,12 +7,14 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Optional
 
 import pytest
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 
 from mmdet_gdino_lora.files import download
+from mmdet_gdino_lora.formats.config import Plan, config_text
 from mmdet_gdino_lora.shipped import config_path
 from mmdet_gdino_lora.text import files
 from tests.photo_folders import (
@@ -120,6 +122,31 @@ def test_the_config_on_the_shapes_base_trains(
     assert cfg.custom_hooks == [dict(type='ReportHook')]
     assert cfg.model.bbox_head.num_classes == 16
     assert 'wheel bolt. nut' in datasets(cfg)[0][0]['data_samples'].text
+
+
+@pytest.mark.parametrize('base', ['gdino_lora_shapes', 'gdino_lora_few'])
+@pytest.mark.parametrize('measured, best', [(19, None), (20, 'auto')])
+def test_the_best_checkpoint_is_kept_where_there_is_enough_to_measure_on(
+    base: str, measured: int, best: Optional[str], tmp_path: Path
+) -> None:
+    plan = Plan(
+        base=base,
+        made_from='',
+        photos=dict(train='photos', val='photos'),
+        folder='my_things',
+        classes=['bolt'],
+        prompts={},
+        samples=False,
+        retained=None,
+        checkpoint=None,
+        images=80,
+        measured=measured,
+        many=False,
+    )
+    (tmp_path / 'my_things.py').write_text(config_text(plan))
+    cfg = Config.fromfile(tmp_path / 'my_things.py')
+    assert cfg.default_hooks.checkpoint.get('save_best') == best
+    assert cfg.default_hooks.checkpoint.type == 'AdapterCheckpointHook'
 
 
 def test_the_config_on_the_published_base_trains_a_small_model_of_its_kind(

@@ -226,6 +226,7 @@ def _plan(
         retained=_retained(cfg, [*names, *prompts.values()]),
         checkpoint=checkpoint,
         images=len(photos),
+        measured=len(splits['val'][1]),
         many=len(names) > cfg.model.bbox_head.num_classes,
     )
     return plan, reason

@@ -14,11 +14,14 @@ from mmdet_gdino_lora.shipped import SCOPE
 FEW = 1000
 #: Images per step of the drawn shapes' config, steps of a run from them, and most epochs.
 _BATCH, _STEPS, _MOST_EPOCHS = 8, 300, 60
+#: Photos to measure on from which on the best checkpoint is no matter of chance.
+_ENOUGH = 20
 #: What the inherited config has stays, whichever that is.
 _HOOKS = (
     '# When training has ended: report.html and thresholds.json in the work dir.\n'
     "custom_hooks = [*_base_.get('custom_hooks', []), dict(type='ReportHook')]\n"
 )
+_LAST = f'# With less than {_ENOUGH} photos to measure on, which checkpoint is best is chance.\n'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Plan:
         retained: Names that the base must not forget; None: as in the inherited config.
         checkpoint: The base, where it isn't the inherited config's.
         images: Photos to train from.
+        measured: Photos to measure on while it trains.
         many: Whether there are more classes than the inherited config has labels for.
     """
 
@@ -49,6 +53,7 @@ class Plan:
     retained: Optional[Sequence[str]]
     checkpoint: Optional[str]
     images: int
+    measured: int
     many: bool
 
     @property
@@ -79,7 +84,9 @@ def config_text(plan: Plan) -> str:
     parts.append(f'test_evaluator = {tested}')
     parts.append(_HOOKS)
     if plan.is_drawn:
-        parts.append(_schedule(plan.images))
+        parts.append(_schedule(plan))
+    elif plan.measured < _ENOUGH:
+        parts.append(f'{_LAST}default_hooks = dict(checkpoint=dict(save_best=None))\n')
     return ''.join(parts)
 
 
@@ -170,13 +177,14 @@ def _loader(split: str, plan: Plan, changed: bool) -> str:
     )
 
 
-def _schedule(images: int) -> str:
+def _schedule(plan: Plan) -> str:
     """As many epochs as make the steps that a base of drawn shapes needs."""
-    steps = -(-images // _BATCH)
+    steps = -(-plan.images // _BATCH)
     epochs = min(_MOST_EPOCHS, max(4, round(_STEPS / steps)))
     every = max(1, epochs // 5)
+    best = "save_best='auto', " if plan.measured >= _ENOUGH else ''
     return (
-        f'\n# {images} photos in batches of {_BATCH}: some {epochs * steps} steps.\n'
+        f'\n# {plan.images} photos in batches of {_BATCH}: some {epochs * steps} steps.\n'
         f'train_cfg = dict(max_epochs={epochs}, val_interval={every})\n'
         'param_scheduler = [\n'
         "    dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=10),\n"
@@ -184,7 +192,8 @@ def _schedule(images: int) -> str:
         'eta_min_ratio=0.05,\n'
         '         convert_to_iter_based=True),\n'
         ']\n'
-        "default_hooks = dict(checkpoint=dict(type='AdapterCheckpointHook', save_best='auto', "
+        f'{"" if best else _LAST}'
+        f"default_hooks = dict(checkpoint=dict(type='AdapterCheckpointHook', {best}"
         f'interval={every}))\n'
     )
 
