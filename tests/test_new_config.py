@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
 import shlex
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import pytest
 from mmdet.registry import DATASETS
@@ -124,13 +125,10 @@ def test_the_config_on_the_shapes_base_trains(
     assert 'wheel bolt. nut' in datasets(cfg)[0][0]['data_samples'].text
 
 
-@pytest.mark.parametrize('base', ['gdino_lora_shapes', 'gdino_lora_few'])
-@pytest.mark.parametrize('measured, best', [(19, None), (20, 'auto')])
-def test_the_best_checkpoint_is_kept_where_there_is_enough_to_measure_on(
-    base: str, measured: int, best: Optional[str], tmp_path: Path
-) -> None:
+def written(folder: Path, **changes: Any) -> Config:
+    """The config of a plan."""
     plan = Plan(
-        base=base,
+        base='gdino_lora_shapes',
         made_from='',
         photos=dict(train='photos', val='photos'),
         folder='my_things',
@@ -140,11 +138,28 @@ def test_the_best_checkpoint_is_kept_where_there_is_enough_to_measure_on(
         retained=None,
         checkpoint=None,
         images=80,
-        measured=measured,
+        measured=20,
         many=False,
     )
-    (tmp_path / 'my_things.py').write_text(config_text(plan))
-    cfg = Config.fromfile(tmp_path / 'my_things.py')
+    (folder / 'my_things.py').write_text(config_text(dataclasses.replace(plan, **changes)))
+    return Config.fromfile(folder / 'my_things.py')
+
+
+@pytest.mark.parametrize('images, epochs', [(1, 60), (8, 60), (9, 150), (160, 15), (2000, 4)])
+def test_on_the_shapes_base_epochs_make_300_steps(images: int, epochs: int, tmp_path: Path) -> None:
+    cfg = written(tmp_path, images=images)
+    assert cfg.train_cfg.max_epochs == cfg.param_scheduler[1].end == epochs
+    assert (
+        cfg.default_hooks.checkpoint.interval == cfg.train_cfg.val_interval == max(1, epochs // 5)
+    )
+
+
+@pytest.mark.parametrize('base', ['gdino_lora_shapes', 'gdino_lora_few'])
+@pytest.mark.parametrize('measured, best', [(19, None), (20, 'auto')])
+def test_the_best_checkpoint_is_kept_where_there_is_enough_to_measure_on(
+    base: str, measured: int, best: Optional[str], tmp_path: Path
+) -> None:
+    cfg = written(tmp_path, base=base, measured=measured)
     assert cfg.default_hooks.checkpoint.get('save_best') == best
     assert cfg.default_hooks.checkpoint.type == 'AdapterCheckpointHook'
 

@@ -12,8 +12,10 @@ from mmdet_gdino_lora.shipped import SCOPE
 
 #: Photos to train from up to which the config for few images is inherited.
 FEW = 1000
-#: Images per step of the drawn shapes' config, steps of a run from them, and most epochs.
-_BATCH, _STEPS, _MOST_EPOCHS = 8, 300, 60
+#: Images per step of the drawn shapes' config, and steps of a run from them.
+_BATCH, _STEPS = 8, 300
+#: Epochs where all photos are one batch: with more of them, shapes learned less.
+_ONE_BATCH_EPOCHS = 60
 #: Photos to measure on from which on the best checkpoint is no matter of chance.
 _ENOUGH = 20
 #: What the inherited config has stays, whichever that is.
@@ -180,7 +182,7 @@ def _loader(split: str, plan: Plan, changed: bool) -> str:
 def _schedule(plan: Plan) -> str:
     """As many epochs as make the steps that a base of drawn shapes needs."""
     steps = -(-plan.images // _BATCH)
-    epochs = min(_MOST_EPOCHS, max(4, round(_STEPS / steps)))
+    epochs = _ONE_BATCH_EPOCHS if steps == 1 else max(4, round(_STEPS / steps))
     every = max(1, epochs // 5)
     best = "save_best='auto', " if plan.measured >= _ENOUGH else ''
     return (

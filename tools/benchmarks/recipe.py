@@ -45,6 +45,7 @@ def contenders() -> dict[str, dict[str, Any]]:
     lr, preset = 'optim_wrapper.optimizer.lr', 'model.lora.preset'
     return {
         'as before': EARLIER,
+        'as it is written': {},
         'half the steps': {**EARLIER, 'steps': 150, 'most_epochs': 30},
         'twice the steps': {**EARLIER, 'steps': 600, 'most_epochs': 120},
         '300 steps however few images': {**EARLIER, 'most_epochs': 300},
