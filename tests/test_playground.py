@@ -224,8 +224,9 @@ def test_the_command_ends_with_sigterm_and_tidies_up(
 
 
 @WITH_GRADIO
-def test_a_port_that_is_taken_is_told(page: str) -> None:
-    port = int(page.rstrip('/').rpartition(':')[2])
+@pytest.mark.parametrize('given', [None, 99999])
+def test_a_port_that_is_taken_or_none_is_told(page: str, given: Optional[int]) -> None:
+    port = given or int(page.rstrip('/').rpartition(':')[2])
     with (
         pytest.raises(ConfigError, match=f'^--host 127.0.0.1 --port {port}: nothing can be'),
         serving(lambda *given: Answer(None, [], ''), NAMES, '127.0.0.1', port),

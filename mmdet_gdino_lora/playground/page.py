@@ -95,7 +95,7 @@ def serving(answers: Answers, names: Sequence[str], host: str, port: int) -> Ite
                 css=_STYLE,
                 app_kwargs=dict(middleware=[Middleware(_OwnAddressAlone)]),
             )
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise ConfigError(
                 f'--host {host} --port {port}: nothing can be served there ({error}); name another '
                 'port'
