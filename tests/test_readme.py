@@ -13,6 +13,7 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
 
+import gdino_lora
 from mmdet_gdino_lora import GroundingDINOCriterion, NonFiniteHook, ResumableSeedHook
 from mmdet_gdino_lora.lora import lora_state
 from mmdet_gdino_lora.text import token_labels
@@ -220,8 +221,14 @@ SNIPPETS: dict[str, Callable[[str, str, str, Path], None]] = {
 
 def test_the_table_knows_every_snippet() -> None:
     languages = re.findall(r'^```(\w*)\n.*?^```', README, flags=re.M | re.S)
-    assert set(languages) <= {'shell', 'python'}
+    assert set(languages) <= {'shell', 'python', 'console'}
     assert sorted(blocks('python')) == sorted(block(part) for part in SNIPPETS)
+
+
+def test_what_was_printed_was_asked_of_commands_that_there_are() -> None:
+    (story,) = blocks('console')
+    typed = re.findall(r'^\$ gdino-lora (\S+)', story, flags=re.M)
+    assert typed and set(typed) <= set(gdino_lora.COMMANDS)
 
 
 @pytest.mark.parametrize('part', SNIPPETS)
