@@ -10,6 +10,7 @@ import jinja2
 
 from mmdet_gdino_lora.browse.picture import draw
 from mmdet_gdino_lora.browse.views import View
+from mmdet_gdino_lora.engine.atomic import write_whole
 
 PAGE = 'index.html'
 
@@ -37,6 +38,6 @@ def write(folder: str, title: str, views: Iterable[View]) -> int:
         pictures.append((file, os.path.basename(view.path), boxes, text))
     loader = jinja2.FileSystemLoader(os.path.dirname(__file__))
     environment = jinja2.Environment(loader=loader, autoescape=True)
-    with open(os.path.join(folder, PAGE), 'w', encoding='utf-8') as out:
-        out.write(environment.get_template('page.html').render(title=title, pictures=pictures))
+    page = environment.get_template('page.html').render(title=title, pictures=pictures)
+    write_whole(os.path.join(folder, PAGE), page)
     return len(pictures)

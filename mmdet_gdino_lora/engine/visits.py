@@ -10,7 +10,8 @@ resuming. What a resumed run has seen is counted off in the sampler, and no imag
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -46,6 +47,25 @@ def seed_by(*entropy: int) -> None:
     torch.manual_seed(torch_seed)
     np.random.seed(numpy_seed)  # noqa: NPY002 - the generator that mmcv's transforms draw from
     random.seed(numpy_seed)
+
+
+@contextmanager
+def same_numbers_drawn(devices: Sequence[int] = ()) -> Iterator[None]:
+    """Leaves the random generators of python, numpy and torch as they were.
+
+    Args:
+        devices: Of CUDA, whose generators are left so, too.
+
+    Yields:
+        Nothing.
+    """
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - as above
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)  # noqa: NPY002 - as above
 
 
 class Visit(NamedTuple):

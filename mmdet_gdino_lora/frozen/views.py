@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Optional
@@ -17,7 +16,7 @@ from mmengine.dataset import Compose
 from mmengine.structures import InstanceData
 
 from mmdet_gdino_lora.engine.replay import KEPT_VIEW
-from mmdet_gdino_lora.engine.visits import seed_by
+from mmdet_gdino_lora.engine.visits import same_numbers_drawn, seed_by
 from mmdet_gdino_lora.errors import ConfigError
 from mmdet_gdino_lora.frozen.store import Entry, entry_path, read
 
@@ -125,15 +124,10 @@ def own_randomness(image: str, number: int) -> Iterator[None]:
     Yields:
         Nothing; behind it everybody's generators are as they were.
     """
-    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     digest = hashlib.blake2b(f'{number} {image}'.encode(), digest_size=8).digest()
-    with torch.random.fork_rng(devices=[]):
+    with same_numbers_drawn():
         seed_by(int.from_bytes(digest, 'big'))
-        try:
-            yield
-        finally:
-            random.setstate(of_python)
-            np.random.set_state(of_numpy)  # noqa: NPY002
+        yield
 
 
 def caption_of_set(sample: Any) -> dict[str, Any]:

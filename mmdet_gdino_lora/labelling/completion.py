@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Optional, Union
 
 import numpy as np
@@ -81,6 +81,35 @@ def sort_out(
             if not near[place].any() and among[place, free].max(initial=0) < bound:
                 free.append(place)
     return Sorted(on_labels, mistaken, free)
+
+
+def sort_all(
+    images: Sequence[Mapping[str, Any]],
+    boxes: Sequence[Mapping[str, Any]],
+    numbers: Mapping[Any, int],
+    found: Mapping[str, Found],
+    bound: float,
+) -> Iterator[tuple[Mapping[str, Any], Found, Sorted]]:
+    """Holds the detections in a COCO file's photos against their labels.
+
+    Args:
+        images: Its entries of photos.
+        boxes: Its annotations, of these and of other photos.
+        numbers: The detector's number of a class by its category id.
+        found: In each photo, by ``file_name``.
+        bound: As for :func:`sort_out`.
+
+    Yields:
+        For each photo its entry, what was found, and of which kind each is.
+    """
+    of_image = defaultdict(list)
+    for box in boxes:
+        of_image[box['image_id']].append(box)
+    for image in images:
+        one, own = found[image['file_name']], of_image[image['id']]
+        labels = [numbers.get(box['category_id'], -1) for box in own]
+        crowds = [int(box.get('iscrowd', 0)) for box in own]
+        yield image, one, sort_out(one, [box['bbox'] for box in own], labels, crowds, bound)
 
 
 def odds_among(on_labels: int, free: int) -> float:
@@ -179,17 +208,9 @@ def complete(
         of each class, None where none could be chosen and nothing is added.
     """
     categories = {category['name']: category['id'] for category in content['categories']}
-    places = {categories[name]: place for place, name in enumerate(names)}
-    boxes = defaultdict(list)
-    for box in content['annotations']:
-        boxes[box['image_id']].append(box)
-    sorted_ = []
-    for image in content['images']:
-        one, own = found[image['file_name']], boxes[image['id']]
-        labels = [places.get(box['category_id'], -1) for box in own]
-        crowds = [int(box.get('iscrowd', 0)) for box in own]
-        corners = [box['bbox'] for box in own]
-        sorted_.append((image, one, sort_out(one, corners, labels, crowds, bound)))
+    numbers = {categories[name]: number for number, name in enumerate(names)}
+    images, boxes = content['images'], content['annotations']
+    sorted_ = list(sort_all(images, boxes, numbers, found, bound))
     thresholds = list(given)
     for label, threshold in enumerate(given):
         if threshold is None:
@@ -201,11 +222,11 @@ def complete(
             on_labels, free, mistaken = (np.array(sum(scores[k::3], [])) for k in range(3))
             thresholds[label] = threshold_of(on_labels, free, mistaken, share)
     reached = [2.0 if threshold is None else threshold for threshold in thresholds]
-    number = max((box['id'] for box in content['annotations'] if type(box['id']) is int), default=0)
+    number = max((box['id'] for box in boxes if type(box['id']) is int), default=0)
     added: list[dict[str, Any]] = []
     for image, one, kinds in sorted_:
         for place in sorted(set(kinds.free) & set(one.above(reached))):
             category = categories[names[one.labels[place]]]
             box = annotation(one, place, number + len(added) + 1, image['id'], category)
             added.append(dict(box, completed=True))
-    return {**content, 'annotations': [*content['annotations'], *added]}, thresholds
+    return {**content, 'annotations': [*boxes, *added]}, thresholds

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Optional
 
@@ -18,7 +17,7 @@ import numpy as np
 from mmdet_gdino_lora.checks.coco_file import CocoFile
 from mmdet_gdino_lora.checks.findings import Finding
 from mmdet_gdino_lora.checks.words import share
-from mmdet_gdino_lora.labelling.completion import LEAST, SUREST, odds_among, sort_out
+from mmdet_gdino_lora.labelling.completion import LEAST, SUREST, odds_among, sort_all
 from mmdet_gdino_lora.labelling.detections import Found
 
 #: IoU with any label from which on a detection is of a thing that has one.
@@ -128,21 +127,14 @@ def count_beside(
         One for each class.
     """
     counted = [Counted(name) for name in names]
-    places = {c['id']: names.index(c['name']) for c in coco.categories if c['name'] in names}
-    boxes = defaultdict(list)
+    numbers = {c['id']: names.index(c['name']) for c in coco.categories if c['name'] in names}
+    readable = [image for image in images if not found[image['file_name']].unreadable]
+    ids = {image['id'] for image in readable}
     for box in coco.annotations:
-        boxes[box['image_id']].append(box)
-    for image in images:
-        one, own = found[image['file_name']], boxes[image['id']]
-        if one.unreadable:
-            continue
-        labels = [places.get(box['category_id'], -1) for box in own]
-        crowds = [int(box.get('iscrowd', 0)) for box in own]
-        for label, crowd in zip(labels, crowds):
-            if label >= 0 and not crowd:
-                counted[label].labels += 1
-        corners = [box['bbox'] for box in own]
-        kinds = sort_out(one, corners, labels, crowds, BESIDE)
+        number = numbers.get(box['category_id'], -1)
+        if box['image_id'] in ids and number >= 0 and not box.get('iscrowd', 0):
+            counted[number].labels += 1
+    for image, one, kinds in sort_all(readable, coco.annotations, numbers, found, BESIDE):
         for place in kinds.on_labels:
             counted[one.labels[place]].on_labels.append(one.scores[place])
         for place in kinds.free:

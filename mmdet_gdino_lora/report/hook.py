@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from mmdet.registry import HOOKS
 from mmengine.dist import is_main_process
@@ -17,9 +15,10 @@ from mmengine.runner.checkpoint import _load_checkpoint_to_model
 
 from gdino_lora import typed
 from mmdet_gdino_lora.engine.preempt_hook import PreemptHook
+from mmdet_gdino_lora.engine.visits import same_numbers_drawn
 from mmdet_gdino_lora.engine.wrapped import detector_of
 from mmdet_gdino_lora.files.read import read_file
-from mmdet_gdino_lora.lora import ADAPTER, lora_state
+from mmdet_gdino_lora.lora import ADAPTER, evaluating, lora_state
 
 #: Which of the commands that come next are told in the log; the page has them all.
 TOLD = ('image-demo', 'label')
@@ -80,7 +79,9 @@ class ReportHook(Hook):
 
         run, detector = read_run(folder), detector_of(runner)
         runner.logger.info('for the report %s is measured on the validation set', run.checkpoint)
-        with same_numbers_drawn(), same_modes(detector), weights_of(detector, run.checkpoint):
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        measuring = weights_of(detector, run.checkpoint)
+        with same_numbers_drawn(devices), evaluating(detector), measuring:
             dataset = validation_set(runner.cfg)
             written = write_report(run, runner.cfg, detector.eval(), dataset, self.pictures)
         lines = [f'{c.told}:\n  {c.line}' for c in written.commands if c.name in TOLD]
@@ -121,36 +122,6 @@ def weights_of(detector: Any, checkpoint: str) -> Iterator[None]:
             if name in kept:
                 tensor.copy_(kept[name])
         state.knows(ADAPTER, taught)
-
-
-@contextmanager
-def same_modes(detector: Any) -> Iterator[None]:
-    """Leaves every module in training or eval mode, as it was.
-
-    Args:
-        detector: Any.
-    """
-    modes = [(module, module.training) for module in detector.modules()]
-    try:
-        yield
-    finally:
-        detector.train(detector.training)  # what it keeps for either mode
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def same_numbers_drawn() -> Iterator[None]:
-    """Leaves the random generators of torch, numpy and Python as they were."""
-    numpy, python = np.random.get_state(), random.getstate()  # noqa: NPY002 - mmcv's transforms
-    try:
-        with torch.random.fork_rng(
-            [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        ):
-            yield
-    finally:
-        np.random.set_state(numpy)  # noqa: NPY002 - as above
-        random.setstate(python)
 
 
 def _as_seen_from_here(path: str) -> str:

@@ -24,9 +24,6 @@ from mmdet_gdino_lora.report.pictures import best_and_worst
 if TYPE_CHECKING:
     from mmengine.config import Config
 
-#: How many of the best and of the worst images are shown.
-PICTURES = 4
-
 
 @dataclasses.dataclass(frozen=True)
 class Written:
@@ -48,7 +45,7 @@ def write_report(
     cfg: Config,
     detector: Any,
     dataset: Any,
-    pictures: int = PICTURES,
+    pictures: int,
     scales: Sequence[Mapping[str, float]] = (),
 ) -> Written:
     """Measures a run's detector on its validation set and writes what came of it into its folder.

@@ -32,6 +32,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tables import spread  # noqa: E402
+
 from gdino_lora import run  # noqa: E402
 
 RAW = argparse.RawDescriptionHelpFormatter
@@ -198,12 +200,6 @@ def table(rows: list[dict]) -> str:
         f'ones {right / removed:.0%} are there again'
     )
     return '\n'.join([*lines, '', said])
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    apart = f' ± {statistics.stdev(values):.3f}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):.3f}{apart}'
 
 
 if __name__ == '__main__':

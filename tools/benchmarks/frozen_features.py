@@ -33,6 +33,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tables import spread  # noqa: E402
+
 from gdino_lora import run  # noqa: E402
 from mmdet_gdino_lora.commands.common import build_runner, read_config  # noqa: E402
 
@@ -165,13 +167,13 @@ def learning_table(out: str, seeds: int) -> str:
         for views in (FRESH, *VIEWS)
     }
     fresh = [result['ap'] for result in found[FRESH]]
-    spread = statistics.stdev(fresh)
+    deviation = statistics.stdev(fresh)
     for views, results in found.items():
         cells = []
         for metric in ('ap', 'ap50'):
             values = [result[metric] for result in results]
-            cells.append(f'{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}')
-        apart = (statistics.mean(r['ap'] for r in results) - statistics.mean(fresh)) / spread
+            cells.append(spread(values))
+        apart = (statistics.mean(r['ap'] for r in results) - statistics.mean(fresh)) / deviation
         name = str(views) if views else 'fresh augmentation'
         lines.append(f'| {name} | {" | ".join(cells)} | {apart:+.1f} |')
     return '\n'.join(lines)

@@ -33,6 +33,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tables import spread  # noqa: E402
+
 from gdino_lora import run  # noqa: E402
 
 RAW = argparse.RawDescriptionHelpFormatter
@@ -161,12 +163,6 @@ def table(cells: list[Cell], out: str) -> str:
         ]
         lines.append('| ' + ' | '.join(cells_) + ' |')
     return '\n'.join(lines)
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    around = f' ± {statistics.stdev(values):.3f}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):.3f}{around}'
 
 
 if __name__ == '__main__':
