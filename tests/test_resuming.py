@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mmdet.registry import HOOKS
@@ -14,7 +16,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from mmdet_gdino_lora.engine.visits import LateBatches
+from mmdet_gdino_lora.engine.visits import LateBatches, same_numbers_drawn, seed_by
 from tests.faults.smallest import smallest
 from tests.run_small import logged
 
@@ -181,3 +183,17 @@ def test_what_a_resumed_loop_throws_away_is_not_loaded(in_one_call: bool) -> Non
     assert loaded == []
     next(batches)
     assert loaded == [samples[0]]
+
+
+def test_whoever_draws_within_leaves_the_generators_as_they_were() -> None:
+    def drawn() -> tuple[float, ...]:
+        return random.random(), np.random.rand(), float(torch.rand(()))  # noqa: NPY002
+
+    seed_by(1)
+    wanted = drawn()
+    seed_by(1)
+    with pytest.raises(KeyError), same_numbers_drawn():
+        seed_by(2)
+        drawn()
+        raise KeyError
+    assert drawn() == wanted

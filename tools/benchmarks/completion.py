@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument('--images', type=int, default=200, help='of shapes to train from')
     parser.add_argument('--epochs', type=int, default=3)
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--right', type=float, default=0.95, help='as of `label`')
     parser.add_argument('--out', default='work_dirs/completion')
     parser.add_argument('--cfg-options', nargs='+', default=[], help='of all runs')
     args = parser.parse_args()
@@ -117,7 +118,8 @@ def measured(config: Path, folder: Path, seed: int, args: argparse.Namespace) ->
         checkpoint = (folder / 'missing' / 'last_checkpoint').read_text()
         photos = root / data.data_prefix.img
         asked = ['-o', completed, '--complete', folder / 'missing.json', '--overwrite']
-        tool('label', config, checkpoint, photos, *asked, '--batch-size', 8)
+        asked += ['--right', args.right, '--batch-size', 8]
+        tool('label', config, checkpoint, photos, *asked)
     ap['completed'] = trained(config, folder, 'completed', seed, args)
     boxes = json.loads(completed.read_text())['annotations']
     added = [box for box in boxes if box.get('completed')]
